@@ -1,0 +1,1 @@
+"""Methods, encoders and the parts they share."""

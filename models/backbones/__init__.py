@@ -1,0 +1,1 @@
+"""Encoders by family; a builder function is found by its name."""

@@ -1,0 +1,1 @@
+"""Decoders: one protocol, one file per backend."""

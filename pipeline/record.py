@@ -1,0 +1,340 @@
+"""VideoRecord and ShardIndex: what is packed, where its bytes lie, and nothing that needs decoding to know.
+
+The index is one Arrow IPC file (``index.arrow``) that is memory-mapped: opening costs the same for a thousand and for
+a million records. Row i describes record i; its packet table is enough to read any clip as one byte range of the
+shard and to decode it without opening a container.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+INDEX_FILE = "index.arrow"
+AUDIO_BLOCK = 16384  # samples covered by one checksum of the audio track
+_ROWS_PER_BATCH = 1 << 18
+
+_LIST_U32 = pa.large_list(pa.uint32())
+_FIELDS: list[tuple[str, pa.DataType]] = [
+    ("uid", pa.uint64()),
+    ("key", pa.large_string()),
+    ("source", pa.large_string()),
+    ("split", pa.large_string()),
+    ("label", pa.int32()),
+    ("shard", pa.uint32()),
+    ("codec", pa.uint32()),
+    ("num_frames", pa.uint32()),
+    ("fps_num", pa.uint32()),
+    ("fps_den", pa.uint32()),
+    ("height", pa.uint32()),
+    ("width", pa.uint32()),
+    ("packet_offset", pa.uint64()),
+    ("packet_sizes", _LIST_U32),
+    ("packet_crcs", _LIST_U32),
+    ("presentation", _LIST_U32),
+    ("keyframes", _LIST_U32),
+    ("audio_offset", pa.uint64()),
+    ("num_samples", pa.uint64()),
+    ("audio_hz", pa.uint32()),
+    ("audio_crcs", _LIST_U32),
+    ("silent", pa.uint8()),
+    ("salvaged", pa.uint8()),
+    ("digest", pa.binary(16)),
+]
+SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in _FIELDS])
+_LISTS = tuple(name for name, kind in _FIELDS if kind == _LIST_U32)
+
+
+class IndexFormatError(ValueError):
+    """An index file that is missing, damaged or of another schema version."""
+
+
+def uid_of(key: str) -> int:
+    """The stable 64-bit number of a sample, a hash of its key; label stores and masks are keyed by it."""
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodecConfig:
+    """What a decoder must know before the first packet.
+
+    codec: FFmpeg's decoder name, or ``raw`` for I420. extradata: parameter sets. matrix: YUV matrix, ``bt709``,
+    ``bt601`` or ``bt2020``. full_range: True for 0..255 luma (JPEG), False for 16..235.
+    """
+
+    codec: str
+    extradata: bytes = b""
+    pix_fmt: str = "yuv420p"
+    matrix: str = "bt709"
+    full_range: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-ready form."""
+        return {**asdict(self), "extradata": base64.b64encode(self.extradata).decode()}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> CodecConfig:
+        """The inverse of `to_json`."""
+        return CodecConfig(**{**data, "extradata": base64.b64decode(data["extradata"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoRecord:
+    """One packed video, image or sound.
+
+    index: row number. uid: stable sample number. key: name in the corpus. shard: path of the tar. codec: decoder
+    configuration. num_frames: decodable frames (0 = sound only). fps: constant frame rate in Hz. height, width: in
+    pixels. packet_offset: byte of the first packet in the shard; packets follow each other in decode order.
+    packet_sizes, packet_crcs: (P,) uint32 bytes and CRC-32 of each packet. presentation: (P,) uint32, the frame
+    number each packet decodes to, empty when it is its own number. keyframes: packet numbers where decoding can
+    start. audio_offset: byte of sample 0 (time 0 of the video); num_samples: int16 mono samples, 0 = no sound;
+    audio_hz: their rate. audio_crcs: CRC-32 of every `AUDIO_BLOCK` samples. silent: sound is present but digital
+    silence. salvaged: only a part of the source could be read. label: class number, -1 = none.
+    """
+
+    index: int
+    uid: int
+    key: str
+    shard: str
+    codec: CodecConfig
+    num_frames: int
+    fps: Fraction
+    height: int
+    width: int
+    packet_offset: int
+    packet_sizes: np.ndarray
+    packet_crcs: np.ndarray
+    presentation: np.ndarray
+    keyframes: np.ndarray
+    audio_offset: int
+    num_samples: int
+    audio_hz: int
+    audio_crcs: np.ndarray
+    silent: bool
+    salvaged: bool
+    label: int
+    split: str
+    source: str
+    digest: bytes
+
+    @property
+    def duration_s(self) -> float:
+        """Length of the picture track in seconds; of the sound where there is no picture."""
+        if self.num_frames:
+            return float(self.num_frames / self.fps)
+        return self.num_samples / self.audio_hz if self.audio_hz else 0.0
+
+
+@lru_cache(maxsize=4096)
+def _fraction(numerator: int, denominator: int) -> Fraction:
+    return Fraction(numerator, max(denominator, 1))
+
+
+class _Batch:
+    """Zero-copy numpy columns of one Arrow record batch."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self.num_rows = batch.num_rows
+        self.fixed: dict[str, np.ndarray] = {}
+        self.lists: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self.strings: dict[str, pa.Array] = {}
+        for name, kind in _FIELDS:
+            column = batch.column(name)
+            if name in _LISTS:
+                offsets = np.frombuffer(column.buffers()[1], np.int64, self.num_rows + 1, column.offset * 8)
+                values = column.values.to_numpy(zero_copy_only=True)
+                if offsets[0] < 0 or offsets[-1] > len(values):
+                    raise IndexFormatError(f"column {name} points outside its values")
+                self.lists[name] = (offsets, values)
+            elif pa.types.is_integer(kind):
+                self.fixed[name] = column.to_numpy(zero_copy_only=True)
+            else:
+                self.strings[name] = column
+
+    def list_at(self, name: str, row: int) -> np.ndarray:
+        offsets, values = self.lists[name]
+        return values[offsets[row] : offsets[row + 1]]
+
+
+class ShardIndex:
+    """The memory-mapped index of a packed data set, or a selection of its rows.
+
+    >>> ShardIndex.open("/nowhere")
+    Traceback (most recent call last):
+    clipmill.pipeline.record.IndexFormatError: /nowhere: no index.arrow there; is this a folder made by `clipmill pack`?
+    """
+
+    def __init__(self, root: Path, rows: np.ndarray | None = None) -> None:
+        self.root = root
+        path = root / INDEX_FILE
+        if not path.is_file():
+            raise IndexFormatError(f"{root}: no {INDEX_FILE} there; is this a folder made by `clipmill pack`?")
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            meta = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
+            version = int(meta.get("clipmill.schema_version", -1))
+            if version != SCHEMA_VERSION:
+                raise IndexFormatError(
+                    f"{path}: schema version {version}, this clipmill reads {SCHEMA_VERSION}; pack the corpus again"
+                )
+            if not reader.schema.equals(SCHEMA, check_metadata=False):
+                raise IndexFormatError(f"{path}: columns differ from schema version {SCHEMA_VERSION}; pack again")
+            self._batches = [_Batch(reader.get_batch(i)) for i in range(reader.num_record_batches)]
+            self._shards: list[str] = json.loads(meta["clipmill.shards"])
+            self._codecs = [CodecConfig.from_json(item) for item in json.loads(meta["clipmill.codecs"])]
+            self.classes: list[str] = json.loads(meta["clipmill.classes"])
+        except (pa.ArrowException, KeyError, json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
+            if isinstance(error, IndexFormatError):
+                raise
+            raise IndexFormatError(f"{path}: damaged index ({error}); run `clipmill verify {root}`") from error
+        self._starts = np.cumsum([0] + [batch.num_rows for batch in self._batches])
+        self._file_digest = meta.get("clipmill.digest", "")
+        self._rows = rows
+
+    @staticmethod
+    def open(root: str | Path) -> ShardIndex:
+        """Open the data set in folder ``root``; raises IndexFormatError with the remedy."""
+        return ShardIndex(Path(root))
+
+    def __reduce__(self) -> tuple:
+        return ShardIndex, (self.root, self._rows)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1]) if self._rows is None else len(self._rows)
+
+    @property
+    def digest(self) -> str:
+        """A short hex name of exactly these records; a selection has its own."""
+        if self._rows is None:
+            return self._file_digest
+        return hashlib.blake2b(self._file_digest.encode() + self._rows.tobytes(), digest_size=8).hexdigest()
+
+    @property
+    def shards(self) -> list[Path]:
+        """The shard files, in order."""
+        return [self.root / name for name in self._shards]
+
+    def _locate(self, index: int) -> tuple[_Batch, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        row = index if self._rows is None else int(self._rows[index])
+        number = 0 if len(self._batches) == 1 else int(np.searchsorted(self._starts, row, "right")) - 1
+        return self._batches[number], row - int(self._starts[number])
+
+    def __getitem__(self, index: int) -> VideoRecord:
+        batch, row = self._locate(index)
+        fixed = {name: int(column[row]) for name, column in batch.fixed.items()}
+        lists = {name: batch.list_at(name, row) for name in _LISTS}
+        shard, codec = fixed.pop("shard"), fixed.pop("codec")
+        if shard >= len(self._shards) or codec >= len(self._codecs):
+            raise IndexFormatError(f"{self.root / INDEX_FILE}: record {index} names shard {shard}, codec {codec}")
+        fps = _fraction(fixed.pop("fps_num"), fixed.pop("fps_den"))
+        silent, salvaged = bool(fixed.pop("silent")), bool(fixed.pop("salvaged"))
+        strings = {name: column[row].as_py() for name, column in batch.strings.items()}
+        return VideoRecord(
+            index=index,
+            shard=str(self.root / self._shards[shard]),
+            codec=self._codecs[codec],
+            fps=fps,
+            silent=silent,
+            salvaged=salvaged,
+            **fixed,
+            **lists,
+            **strings,
+        )
+
+    def __iter__(self) -> Iterator[VideoRecord]:
+        return (self[i] for i in range(len(self)))
+
+    def column(self, name: str) -> np.ndarray:
+        """A whole column: integers as they lie in the file, strings as an object array, lists as their lengths."""
+        parts: list[np.ndarray] = []
+        for batch in self._batches:
+            if name in batch.fixed:
+                parts.append(batch.fixed[name])
+            elif name in batch.lists:
+                parts.append(np.diff(batch.lists[name][0]))
+            else:
+                parts.append(batch.strings[name].to_numpy(zero_copy_only=False))
+        if not parts:
+            return np.empty(0, np.int64)
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return whole if self._rows is None else whole[self._rows]
+
+    def select(self, keep: np.ndarray) -> ShardIndex:
+        """The records where a boolean mask holds, or the given record numbers in the given order."""
+        keep = np.asarray(keep)
+        rows = np.flatnonzero(keep) if keep.dtype == bool else keep.astype(np.int64)
+        return ShardIndex(self.root, rows if self._rows is None else self._rows[rows])
+
+    def split(self, name: str) -> ShardIndex:
+        """The records of one split; an unknown name lists those that exist."""
+        names = self.column("split")
+        mask = names == name
+        if not mask.any():
+            raise ValueError(f"{self.root}: no split {name!r}; it has {sorted(set(names.tolist()))}")
+        return self.select(mask)
+
+
+def index_digest(records: Iterable[VideoRecord]) -> str:
+    """The digest stored with an index: over keys, labels, splits, positions and content digests of all records."""
+    state = hashlib.blake2b(digest_size=8)
+    for record in records:
+        head = (record.key, record.split, record.label, record.num_frames, record.packet_offset, record.audio_offset)
+        state.update(repr(head).encode("utf-8", "surrogateescape") + record.digest)
+    return state.hexdigest()
+
+
+def write_index(path: Path, records: Sequence[VideoRecord], shards: Sequence[str], classes: Sequence[str]) -> str:
+    """Write records to one Arrow IPC file and return its digest.
+
+    records: their ``shard`` must be one of ``shards`` (names relative to the data set's folder). classes: names by
+    label number. The bytes are a pure function of the arguments.
+    """
+    codecs = list(dict.fromkeys(record.codec for record in records))
+    codec_number = {codec: i for i, codec in enumerate(codecs)}
+    shard_number = {name: i for i, name in enumerate(shards)}
+    digest = index_digest(records)
+    meta = {
+        "clipmill.schema_version": str(SCHEMA_VERSION),
+        "clipmill.shards": json.dumps(list(shards)),
+        "clipmill.codecs": json.dumps([codec.to_json() for codec in codecs]),
+        "clipmill.classes": json.dumps(list(classes)),
+        "clipmill.digest": digest,
+    }
+    schema = SCHEMA.with_metadata(meta)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for start in range(0, len(records), _ROWS_PER_BATCH):
+            rows = records[start : start + _ROWS_PER_BATCH]
+            columns = [_column(name, kind, rows, shard_number, codec_number) for name, kind in _FIELDS]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
+    return digest
+
+
+def _column(name: str, kind: pa.DataType, rows: Sequence[VideoRecord], shards: dict, codecs: dict) -> pa.Array:
+    if name in _LISTS:
+        values = [np.asarray(getattr(row, name), np.uint32) for row in rows]
+        offsets = np.cumsum([0, *(len(value) for value in values)])
+        flat = np.concatenate([np.empty(0, np.uint32), *values])
+        return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(flat, pa.uint32()))
+    if name == "shard":
+        return pa.array([shards[row.shard] for row in rows], kind)
+    if name == "codec":
+        return pa.array([codecs[row.codec] for row in rows], kind)
+    if name in ("fps_num", "fps_den"):
+        part = "numerator" if name == "fps_num" else "denominator"
+        return pa.array([getattr(row.fps, part) for row in rows], kind)
+    if name in ("silent", "salvaged"):
+        return pa.array([int(getattr(row, name)) for row in rows], kind)
+    return pa.array([getattr(row, name) for row in rows], kind)

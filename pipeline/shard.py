@@ -1,0 +1,174 @@
+"""Shards: plain WebDataset tars whose bytes are also addressed by the index.
+
+A sample is up to three members with one stem: ``STEM.mp4`` (or ``.jpg``, ``.yuv``), ``STEM.wav`` and ``STEM.json``.
+Anyone can read a shard with any tar reader; clipmill reads byte ranges and checks the CRC of every packet it uses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import tarfile
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from clipmill.pipeline.record import AUDIO_BLOCK, VideoRecord
+
+_TAR_BLOCK = 512
+_MEMBER_NAME = re.compile(r"[A-Za-z0-9_\-]+\.[A-Za-z0-9.]+")
+_MAX_OPEN_FILES = 64  # per thread
+
+
+class ShardError(ValueError):
+    """A shard that is missing, truncated or altered."""
+
+
+class ShardWriter:
+    """Write one tar with fixed metadata, so that equal content gives equal bytes.
+
+    The file appears under its final name only by `close`, complete and flushed; leaving the block by an exception
+    removes the unfinished file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._partial = path.with_name(path.name + ".partial")
+        self._file = self._partial.open("wb")
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    def add(self, name: str, payload: bytes) -> int:
+        """Append a member and return the byte offset of its payload in the shard."""
+        if not _MEMBER_NAME.fullmatch(name):
+            raise ValueError(f"member name {name!r} must be plain letters, digits, '-' and '_' with an extension")
+        info = tarfile.TarInfo(name)
+        info.size = len(payload)
+        info.mode = 0o644
+        self._tar.addfile(info, io.BytesIO(payload))
+        return self._tar.offset - -(-len(payload) // _TAR_BLOCK) * _TAR_BLOCK
+
+    def close(self) -> None:
+        """Finish the tar, flush it to the disk and give it its final name."""
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._partial.replace(self.path)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+            self._partial.unlink(missing_ok=True)
+
+
+class ShardReader:
+    """Positional reads from shards; safe to share between threads. Keeps a bounded number of files open per thread."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._caches: list[OrderedDict[str, int]] = []
+        self._lock = threading.Lock()
+
+    def read(self, shard: str, offset: int, size: int) -> bytes:
+        """Exactly ``size`` bytes at ``offset``; ShardError if the file is missing or ends before."""
+        data = os.pread(self._open(shard), size, offset)
+        while 0 < len(data) < size:  # the kernel may return less than asked
+            more = os.pread(self._open(shard), size - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        if len(data) != size:
+            raise ShardError(f"{shard}: ends before byte {offset + size}; the shard is truncated, pack it again")
+        return data
+
+    def packets(self, record: VideoRecord, first: int, stop: int) -> list[memoryview]:
+        """The encoded packets [first, stop) of a record, read as one range, each verified."""
+        sizes = record.packet_sizes
+        offset = record.packet_offset + int(sizes[:first].sum(dtype=np.int64))
+        ends = np.cumsum(sizes[first:stop], dtype=np.int64).tolist()
+        view = memoryview(self.read(record.shard, offset, ends[-1] if ends else 0))
+        crcs = record.packet_crcs[first:stop].tolist()
+        result, start = [], 0
+        for number, (end, crc) in enumerate(zip(ends, crcs, strict=True), first):
+            packet = view[start:end]
+            if zlib.crc32(packet) != crc:
+                raise ShardError(f"{record.shard}: packet {number} of {record.key!r} is altered (checksum differs)")
+            result.append(packet)
+            start = end
+        return result
+
+    def samples(self, record: VideoRecord, start: int, count: int) -> np.ndarray:
+        """int16 samples [start, start + count) of the audio track; zeros outside it. Shape (count,)."""
+        wave = np.zeros(count, np.int16)
+        low, high = max(start, 0), min(start + count, record.num_samples)
+        if low >= high:
+            return wave
+        first, last = low // AUDIO_BLOCK, (high - 1) // AUDIO_BLOCK
+        begin, end = first * AUDIO_BLOCK, min((last + 1) * AUDIO_BLOCK, record.num_samples)
+        data = memoryview(self.read(record.shard, record.audio_offset + 2 * begin, 2 * (end - begin)))
+        crcs = audio_crcs(data)
+        if crcs != record.audio_crcs[first : last + 1].tolist():
+            raise ShardError(f"{record.shard}: the sound of {record.key!r} is altered (checksum differs)")
+        wave[low - start : high - start] = np.frombuffer(data, "<i2")[low - begin : high - begin]
+        return wave
+
+    def close(self) -> None:
+        """Close all files; no thread may be reading."""
+        with self._lock:
+            for files in self._caches:
+                while files:
+                    os.close(files.popitem()[1])
+
+    def _open(self, shard: str) -> int:
+        files: OrderedDict[str, int] | None = getattr(self._local, "files", None)
+        if files is None:  # a cache per thread: nobody else can close a file that is being read
+            files = self._local.files = OrderedDict()
+            with self._lock:
+                self._caches.append(files)
+        handle = files.get(shard)
+        if handle is not None:
+            files.move_to_end(shard)
+            return handle
+        try:
+            handle = os.open(shard, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except OSError as error:
+            raise ShardError(f"{shard}: cannot be opened ({error.strerror}); restore it or pack again") from error
+        if len(files) >= _MAX_OPEN_FILES:
+            os.close(files.popitem(last=False)[1])
+        files[shard] = handle
+        return handle
+
+
+def audio_crcs(pcm: bytes | memoryview) -> list[int]:
+    """CRC-32 of every block of `AUDIO_BLOCK` int16 samples."""
+    step = 2 * AUDIO_BLOCK
+    return [zlib.crc32(pcm[start : start + step]) for start in range(0, len(pcm), step)]
+
+
+def members(path: Path) -> Iterator[tuple[str, int, int]]:
+    """(name, payload offset, size) of every regular member of a tar; names that could leave a folder are an error."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for info in tar:
+                if not info.isreg() or not _MEMBER_NAME.fullmatch(info.name):
+                    raise ShardError(f"{path}: member {info.name!r} is not one that clipmill writes")
+                yield info.name, info.offset_data, info.size
+    except (tarfile.TarError, OSError, EOFError, UnicodeError) as error:
+        raise ShardError(f"{path}: not a readable tar ({error})") from error
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE2b-128 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

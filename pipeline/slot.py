@@ -1,0 +1,190 @@
+"""Slots: one flat buffer per batch that holds its tables, its sound and its raw picture regions.
+
+A batch is planned first (which records, spans and crops: `BatchPlan`), which fixes where every byte goes; decode
+threads then only fill in. The same layout serves threads of this process, decode processes that share the memory,
+and the device, to which the used part of the buffer travels in one copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from clipmill.pipeline.draws import Draws, fold, fold_array
+from clipmill.pipeline.order import Order
+from clipmill.pipeline.record import ShardIndex, VideoRecord
+from clipmill.pipeline.spec import MATRICES, VideoSpec
+from clipmill.pipeline.views import Drawn, Planner, View
+
+ITEM = np.dtype(
+    [
+        ("offset", "<i8"),  # of the region's I420 bytes in the payload
+        ("x", "<i4"), ("y", "<i4"), ("w", "<i4"), ("h", "<i4"),  # region in the frame, all even
+        ("bx", "<f4"), ("by", "<f4"), ("bw", "<f4"), ("bh", "<f4"),  # crop box inside the region
+        ("cx0", "<i4"), ("cy0", "<i4"), ("cx1", "<i4"), ("cy1", "<i4"),  # readable pixels inside the region
+        ("matrix", "<i2"), ("full_range", "<i2"), ("frame", "<i4"),
+    ],
+    align=True,
+)  # fmt: skip
+SAMPLE = np.dtype([("index", "<i8"), ("uid", "<u8"), ("draw", "<u8"), ("label", "<i8")], align=True)
+_ALIGN = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One batch to be made: positions [start, start + count) of an epoch; ``number`` keys batch-wide draws."""
+
+    epoch: int
+    start: int
+    count: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What is equal in all batches of a loader: sizes of the tables and names of the planner's extra numbers."""
+
+    batch_size: int
+    frames: Mapping[str, int]
+    samples: Mapping[str, int]
+    aux: tuple[str, ...]
+
+    @staticmethod
+    def of(planner: Planner, record: VideoRecord, batch_size: int) -> Shape:
+        """Learn the shapes from the spans of one record."""
+        drawn = planner(record, Draws(0), 0)
+        spans = {span.view: span for span in drawn.spans}
+        frames = {view.name: len(spans[view.name].frames) for view in planner.views if view.modality != "audio"}
+        samples = {view.name: spans[view.name].num_samples for view in planner.views if view.modality == "audio"}
+        return Shape(batch_size, frames, samples, tuple(sorted(drawn.aux)))
+
+
+class Slot:
+    """Typed windows into one buffer. The payload of picture regions comes last and may use less than there is."""
+
+    def __init__(self, buffer: np.ndarray, shape: Shape) -> None:
+        self.buffer = buffer
+        self.shape = shape
+        self._end = 0
+        size = shape.batch_size
+        self.samples = self._take(SAMPLE, (size,))
+        self.items = {name: self._take(ITEM, (size, frames)) for name, frames in shape.frames.items()}
+        self.sound = {name: self._take(np.dtype("<i2"), (size, count)) for name, count in shape.samples.items()}
+        self.start_s = {name: self._take(np.dtype("<f8"), (size,)) for name in (*shape.frames, *shape.samples)}
+        self.aux = {name: self._take(np.dtype("<f8"), (size,)) for name in shape.aux}
+        self.payload = buffer[self._end :]
+
+    def _take(self, kind: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+        start = self._end
+        size = int(np.prod(shape)) * kind.itemsize
+        self._end = -(-(start + size) // _ALIGN) * _ALIGN
+        return self.buffer[start : start + size].view(kind).reshape(shape)
+
+    @staticmethod
+    def header_bytes(shape: Shape) -> int:
+        """Bytes before the payload."""
+        rows = shape.batch_size
+        sizes = [rows * SAMPLE.itemsize]
+        sizes += [rows * frames * ITEM.itemsize for frames in shape.frames.values()]
+        sizes += [rows * count * 2 for count in shape.samples.values()]
+        sizes += [rows * 8] * (len(shape.frames) + len(shape.samples) + len(shape.aux))
+        return sum(-(-size // _ALIGN) * _ALIGN for size in sizes)
+
+
+@dataclass(slots=True)
+class BatchPlan:
+    """All that is decided before the first byte is read."""
+
+    records: list[VideoRecord]
+    drawn: list[Drawn]
+    items: dict[str, np.ndarray]
+    draws: np.ndarray
+    payload_bytes: int
+
+
+class BatchPlanner:
+    """Plans batches: a pure function of (index, order, planner, seed, job) and of the records known to be damaged."""
+
+    def __init__(self, index: ShardIndex, planner: Planner, order: Order) -> None:
+        self.index = index
+        self.planner = planner
+        self.order = order
+        self.damaged: dict[int, str] = {}
+
+    def plan(self, job: Job) -> BatchPlan:
+        """Choose records, draw spans and crops, and lay out the payload."""
+        positions = np.arange(job.start, job.start + job.count)
+        numbers = self.order.draws(job.epoch, positions)
+        records = [self._healthy(int(i)) for i in self.order.records(job.epoch, positions)]
+        seed = self.order.seed
+        drawn = [
+            self.planner(record, Draws(seed, number, "plan"), number)
+            for record, number in zip(records, numbers.tolist(), strict=True)
+        ]
+        draws = fold_array(np.full(len(numbers), fold(seed), np.uint64), numbers)
+        heights = np.array([record.height for record in records])
+        widths = np.array([record.width for record in records])
+        items: dict[str, np.ndarray] = {}
+        end = 0
+        for place, view in enumerate(self.planner.views):
+            if view.modality == "audio":
+                continue
+            frames = np.array([one.spans[place].frames for one in drawn])
+            items[view.name] = table = crop_table(view, draws, frames, heights, widths)
+            for row, record in enumerate(records):
+                table["matrix"][row] = MATRICES.index(record.codec.matrix)
+                table["full_range"][row] = record.codec.full_range
+            sizes = (table["w"].astype(np.int64) * table["h"] * 3 // 2).reshape(-1)
+            table["offset"] = (end + np.cumsum(sizes) - sizes).reshape(table.shape)
+            end += int(sizes.sum())
+        return BatchPlan(records, drawn, items, draws, end)
+
+    @staticmethod
+    def batch_key(seed: int, job: Job) -> int:
+        """The key of draws that a whole global batch shares."""
+        return fold(seed, job.epoch, job.number, "batch")
+
+    def _healthy(self, number: int) -> VideoRecord:
+        """The record, or the next one that is not known to be damaged."""
+        for step in range(len(self.index)):
+            candidate = (number + step) % len(self.index)
+            if candidate not in self.damaged:
+                return self.index[candidate]
+        raise RuntimeError(f"{self.index.root}: every record is damaged; run `clipmill verify {self.index.root}`")
+
+
+def crop_table(
+    view: View, draws: np.ndarray, frames: np.ndarray, heights: np.ndarray, widths: np.ndarray
+) -> np.ndarray:
+    """The (B, T) table of items of one view: crop boxes and the even regions that must be copied for them."""
+    spec = view.augment
+    assert isinstance(spec, VideoSpec)
+    batch, count = frames.shape
+    keys = spec.item_keys(draws, count, view.key)
+    repeat = count if spec.per_frame else 1
+    height, width = np.repeat(heights, repeat), np.repeat(widths, repeat)
+    boxes = spec.crop.boxes(fold_array(keys, "crop"), height, width)
+    (bx, by, bw, bh), (cx0, cy0, cx1, cy1) = boxes.box.T, boxes.clamp.T
+    reach_x, reach_y = spec.reach(bw), spec.reach(bh)
+    x0 = np.maximum(cx0, np.floor(bx).astype(np.int64) - reach_x) & ~1
+    y0 = np.maximum(cy0, np.floor(by).astype(np.int64) - reach_y) & ~1
+    x1 = (np.minimum(cx1, np.ceil(bx + bw).astype(np.int64) + reach_x) + 1) & ~1
+    y1 = (np.minimum(cy1, np.ceil(by + bh).astype(np.int64) + reach_y) + 1) & ~1
+    table = np.zeros((batch, count), ITEM)
+    columns = {
+        "x": x0, "y": y0, "w": x1 - x0, "h": y1 - y0,
+        "bx": bx - x0, "by": by - y0, "bw": bw, "bh": bh,
+        "cx0": np.maximum(cx0 - x0, 0), "cy0": np.maximum(cy0 - y0, 0),
+        "cx1": np.minimum(cx1, x1) - x0, "cy1": np.minimum(cy1, y1) - y0,
+    }  # fmt: skip
+    for name, column in columns.items():
+        table[name] = column.reshape(batch, -1)
+    table["frame"] = frames
+    return table
+
+
+def needed_frames(tables: Sequence[np.ndarray], row: int) -> list[int]:
+    """Sorted distinct frame numbers that a sample needs over all views."""
+    return sorted({frame for table in tables for frame in table["frame"][row].tolist()})

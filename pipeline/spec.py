@@ -1,0 +1,387 @@
+"""Augmentation as data: what a view does to raw pixels or samples, and the random parameters it draws.
+
+No torch here: decode workers draw the crops (so that only the needed region is copied) and the device applies the
+rest (`clipmill.pipeline.augment`). All parameters of a batch are drawn at once from 64-bit keys, one per clip or one
+per frame, so they do not depend on batch size, threads or world size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from clipmill.pipeline.draws import fold_array, uniforms
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+MATRICES = ("bt601", "bt709", "bt2020")  # YUV matrices, by the number stored with an item
+
+Range = tuple[float, float]
+
+
+def _between(unit: np.ndarray, bounds: Range) -> np.ndarray:
+    return bounds[0] + (bounds[1] - bounds[0]) * unit
+
+
+def _integer(unit: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Uniform integers in [0, count)."""
+    return np.minimum((unit * count).astype(np.int64), count - 1)
+
+
+# --- crops: which part of the frame, in source pixels -------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Boxes:
+    """Crops of N frames in source pixels.
+
+    box: (N, 4) float64 x, y, width, height of the area that becomes the output. clamp: (N, 4) int64 x0, y0, x1, y1,
+    the pixels that resizing may read (a crop that is cut first reads only itself).
+    """
+
+    box: np.ndarray
+    clamp: np.ndarray
+
+    @staticmethod
+    def cut(x: np.ndarray, y: np.ndarray, w: np.ndarray, h: np.ndarray) -> Boxes:
+        """Integer crops that are cut out before they are resized."""
+        box = np.stack([x, y, w, h], -1)
+        return Boxes(box.astype(np.float64), np.stack([x, y, x + w, y + h], -1).astype(np.int64))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RandomResizedCrop:
+    """The torchvision sampler: area fraction U(scale), log-aspect U(log ratio), 10 attempts, else the centre."""
+
+    scale: Range = (0.2, 1.0)
+    ratio: Range = (3 / 4, 4 / 3)
+
+    def boxes(self, keys: np.ndarray, height: np.ndarray, width: np.ndarray) -> Boxes:
+        """Boxes for N frames of the given sizes; ``keys`` (N,) uint64."""
+        unit = uniforms(keys, 22)
+        area = (height * width)[:, None] * _between(unit[:, :10], self.scale)
+        aspect = np.exp(_between(unit[:, 10:20], (math.log(self.ratio[0]), math.log(self.ratio[1]))))
+        ws = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+        hs = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+        fits = (ws > 0) & (hs > 0) & (ws <= width[:, None]) & (hs <= height[:, None])
+        first, rows = fits.argmax(1), np.arange(len(keys))
+        found = fits.any(1)
+        shape = width / height
+        wide, tall = shape > self.ratio[1], shape < self.ratio[0]
+        w = np.where(wide, np.rint(height * self.ratio[1]), width).astype(np.int64)
+        h = np.where(tall, np.rint(width / self.ratio[0]), height).astype(np.int64)
+        x, y = (width - w) // 2, (height - h) // 2
+        w, h = np.where(found, ws[rows, first], w), np.where(found, hs[rows, first], h)
+        x = np.where(found, _integer(unit[:, 20], width - w + 1), x)
+        y = np.where(found, _integer(unit[:, 21], height - h + 1), y)
+        return Boxes.cut(x, y, w, h)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CenterCrop:
+    """Resize the short side to ``resize`` pixels, cut the centre ``size`` pixels (resize = size: the whole side).
+
+    Equal to resizing the frame and cutting afterwards: resizing reads beyond the crop's border.
+    """
+
+    size: int
+    resize: int
+
+    def boxes(self, keys: np.ndarray, height: np.ndarray, width: np.ndarray) -> Boxes:
+        """Boxes for N frames; nothing is drawn."""
+        side = np.minimum(height, width) * (self.size / self.resize)
+        box = np.stack([(width - side) / 2, (height - side) / 2, side, side], -1)
+        zero = np.zeros_like(height)
+        return Boxes(box, np.stack([zero, zero, width, height], -1).astype(np.int64))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResizedRandomCrop:
+    """Resize the short side to U(resize) pixels, cut ``size`` pixels at a random place (scale jitter)."""
+
+    size: int
+    resize: tuple[int, int]
+
+    def boxes(self, keys: np.ndarray, height: np.ndarray, width: np.ndarray) -> Boxes:
+        """Boxes for N frames; ``keys`` (N,) uint64."""
+        unit = uniforms(keys, 3)
+        short = np.floor(self.resize[0] + unit[:, 0] * (self.resize[1] - self.resize[0] + 1))
+        side = np.minimum(height, width) * self.size / np.maximum(short, self.size)
+        box = np.stack([unit[:, 1] * (width - side), unit[:, 2] * (height - side), side, side], -1)
+        zero = np.zeros_like(height)
+        return Boxes(box, np.stack([zero, zero, width, height], -1).astype(np.int64))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WholeFrame:
+    """The whole frame, squashed to the output size."""
+
+    def boxes(self, keys: np.ndarray, height: np.ndarray, width: np.ndarray) -> Boxes:
+        """Boxes for N frames; nothing is drawn."""
+        zero = np.zeros_like(height)
+        return Boxes.cut(zero, zero, width, height)
+
+
+Crop = RandomResizedCrop | CenterCrop | ResizedRandomCrop | WholeFrame
+
+
+# --- operators on the cropped picture, values in [0, 1] until Normalize -------------------------------------
+
+Scope = Literal["item", "batch"]
+Params = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flip:
+    """Mirror left-right with probability ``p``."""
+
+    p: float = 0.5
+
+    def draw(self, keys: np.ndarray) -> Params:
+        """apply: bool, shape of ``keys``."""
+        return {"apply": uniforms(keys, 1)[..., 0] < self.p}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Jitter:
+    """Brightness, contrast, saturation and hue in random order, each clipped to [0, 1] afterwards.
+
+    brightness, contrast, saturation: factors from U(max(0, 1 - v), 1 + v). hue: shift from U(-hue, hue) turns.
+    p: probability of jittering at all; ``coin`` says whether that is decided per item or once per batch.
+    maths: ``torchvision`` (contrast around the grey mean, saturation blends with grey), ``simclr`` (contrast around
+    each channel's mean, saturation scales S of HSV), ``kornia`` (brightness adds v - 1, contrast multiplies).
+    order: ``item`` draws a random order per item, ``batch`` one per batch, ``fixed`` keeps b, c, s, h.
+    """
+
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    p: float = 0.8
+    maths: Literal["torchvision", "simclr", "kornia"] = "torchvision"
+    coin: Scope = "item"
+    order: Literal["item", "batch", "fixed"] = "item"
+
+    def draw(self, keys: np.ndarray) -> Params:
+        """apply, factors (..., 4) in the order b, c, s, h, and order (..., 4) of operator numbers."""
+        unit = uniforms(keys, 9)
+        factors = [_between(unit[..., i], (max(0.0, 1 - v), 1 + v)) for i, v in enumerate(self._strengths())]
+        factors.append(_between(unit[..., 3], (-self.hue, self.hue)))
+        order = np.argsort(unit[..., 5:9], axis=-1)
+        if self.order == "fixed":
+            order = np.broadcast_to(np.arange(4), order.shape).copy()
+        return {"apply": unit[..., 4] < self.p, "factors": np.stack(factors, -1), "order": order}
+
+    def _strengths(self) -> tuple[float, float, float]:
+        return self.brightness, self.contrast, self.saturation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gray:
+    """Luma in all three channels with probability ``p``."""
+
+    p: float = 0.2
+    weights: tuple[float, float, float] = (0.2989, 0.587, 0.114)
+
+    def draw(self, keys: np.ndarray) -> Params:
+        """apply: bool, shape of ``keys``."""
+        return {"apply": uniforms(keys, 1)[..., 0] < self.p}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blur:
+    """Gaussian blur with probability ``p``, sigma from U(sigma) in output pixels.
+
+    kernel: taps per side (odd); 0 takes 2 * ceil(3 * max sigma) + 1. border: ``reflect`` (without repeating the edge)
+    or ``zero``. coin, strength: whether the decision and sigma are drawn per item or once per batch. vertical_only:
+    blur rows only, as a known slip of CrissCross's code does.
+    """
+
+    p: float = 0.5
+    sigma: Range = (0.1, 2.0)
+    kernel: int = 0
+    border: Literal["reflect", "zero"] = "reflect"
+    coin: Scope = "item"
+    strength: Scope = "item"
+    vertical_only: bool = False
+
+    def draw(self, keys: np.ndarray) -> Params:
+        """apply and sigma, shape of ``keys``."""
+        unit = uniforms(keys, 2)
+        return {"apply": unit[..., 0] < self.p, "sigma": _between(unit[..., 1], self.sigma)}
+
+    @property
+    def taps(self) -> int:
+        """Kernel side in pixels."""
+        return self.kernel or 2 * math.ceil(3 * self.sigma[1]) + 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cutout:
+    """Multiply one square, side U{1..max_side}, by the mean of the first normalised frame (CrissCross)."""
+
+    max_side: int = 20
+
+    def draw(self, keys: np.ndarray) -> Params:
+        """side (pixels), and centre row and column as fractions of the picture."""
+        unit = uniforms(keys, 3)
+        return {"side": 1 + np.floor(unit[..., 0] * self.max_side), "row": unit[..., 1], "column": unit[..., 2]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Normalize:
+    """(x - mean) / std per channel."""
+
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def draw(self, keys: np.ndarray) -> Params:
+        """Nothing is drawn."""
+        return {}
+
+
+Op = Flip | Jitter | Gray | Blur | Cutout | Normalize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoSpec:
+    """From decoded frames to a (B, C, T, size, size) tensor: crop and resize, then ``ops`` in order.
+
+    size: output side in pixels. per_frame: every frame draws its own crop and operators; otherwise the frames of a
+    clip share them. interpolation: ``bilinear`` or ``bicubic`` (Keys, a = -0.5). antialias: low-pass filter when
+    shrinking, as torchvision does.
+    """
+
+    size: int = 112
+    crop: Crop = field(default_factory=RandomResizedCrop)
+    ops: tuple[Op, ...] = (Flip(), Normalize())
+    per_frame: bool = False
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    antialias: bool = True
+
+    def item_keys(self, draws: np.ndarray, num_frames: int, view_key: str) -> np.ndarray:
+        """(B,) keys of a view, or (B * num_frames,) when every frame draws its own."""
+        keys = fold_array(draws, view_key)
+        if self.per_frame:
+            keys = fold_array(np.repeat(keys, num_frames), np.tile(np.arange(num_frames), len(draws)))
+        return keys
+
+    def reach(self, lengths: np.ndarray) -> np.ndarray:
+        """How many pixels beyond boxes of the given source lengths their resize to ``size`` may read."""
+        stretch = np.maximum(lengths / self.size, 1.0) if self.antialias else np.ones_like(lengths)
+        return np.ceil((1 if self.interpolation == "bilinear" else 2) * stretch).astype(np.int64) + 1
+
+
+def eval_spec(size: int, resize: int | None = None, ops: tuple[Op, ...] = (Normalize(),)) -> VideoSpec:
+    """The usual test transform: short side to ``resize`` (default size / 0.875), centre crop, normalise."""
+    return VideoSpec(size=size, crop=CenterCrop(size=size, resize=resize or round(size / 0.875)), ops=ops)
+
+
+# --- sound --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogMel:
+    """A log-mel front end.
+
+    hz: sample rate. n_fft, win, hop: samples. mels: bands between f_min and f_max (0 = hz / 2) Hz. scale: ``slaney``
+    or ``htk``; norm: ``slaney`` (area) or none. pad: STFT padding, ``reflect`` or ``constant``; center: pad at all.
+    log: natural log of (mel + floor), after adding ``power_floor`` to the power. mean, std: final normalisation.
+    """
+
+    hz: int = 16000
+    n_fft: int = 1024
+    win: int = 1024
+    hop: int = 160
+    mels: int = 80
+    f_min: float = 0.0
+    f_max: float = 0.0
+    scale: Literal["slaney", "htk"] = "slaney"
+    norm: Literal["slaney"] | None = "slaney"
+    pad: Literal["reflect", "constant"] = "reflect"
+    center: bool = True
+    power_floor: float = 0.0
+    floor: float = 1.1920929e-07
+    mean: float = 0.0
+    std: float = 1.0
+
+    def frames(self, num_samples: int) -> int:
+        """Columns of the spectrogram of a waveform of ``num_samples``."""
+        return 1 + (num_samples if self.center else num_samples - self.n_fft) // self.hop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Volume:
+    """Multiply the waveform by U(gain)."""
+
+    gain: Range = (0.8, 1.2)
+
+    def draw(self, keys: np.ndarray) -> Params:
+        """gain, shape of ``keys``."""
+        return {"gain": _between(uniforms(keys, 1)[..., 0], self.gain)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mask:
+    """``count`` bands along ``axis``, each of integer length U[0, longest), set to the spectrogram's mean."""
+
+    axis: Literal["frequency", "time"]
+    count: int = 2
+    longest: int = 10
+
+    def draw(self, keys: np.ndarray) -> Params:
+        """length (..., count) in cells and start (..., count) as a fraction of the room left."""
+        unit = uniforms(keys, 2 * self.count)
+        return {"length": np.floor(unit[..., : self.count] * self.longest), "start": unit[..., self.count :]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AudioSpec:
+    """From int16 samples to a waveform (B, S) in [-1, 1), or to (B, 1, mels, frames) when ``logmel`` is given.
+
+    hz: rate the waveform is resampled to. ops: `Volume` acts on the waveform, `Mask` on the spectrogram.
+    """
+
+    hz: int = 16000
+    logmel: LogMel | None = None
+    ops: tuple[Volume | Mask, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.logmel is not None and self.logmel.hz != self.hz:
+            raise ValueError(f"the log-mel front end expects {self.logmel.hz} Hz, the view gives {self.hz} Hz")
+
+
+# --- published recipes --------------------------------------------------------------------------------------
+
+
+def moco_v1(size: int = 224, per_frame: bool = False) -> VideoSpec:
+    """MoCo v1 (He et al., CVPR 2020): crop, grey p 0.2, jitter 0.4 always, flip."""
+    ops = (Gray(), Jitter(hue=0.4, p=1.0), Flip(), Normalize())
+    return VideoSpec(size=size, ops=ops, per_frame=per_frame)
+
+
+def moco_v2(size: int = 224, per_frame: bool = False) -> VideoSpec:
+    """MoCo v2 (Chen et al., 2020): crop, jitter (0.4, 0.4, 0.4, 0.1) p 0.8, grey p 0.2, blur p 0.5, flip."""
+    ops = (Jitter(), Gray(), Blur(), Flip(), Normalize())
+    return VideoSpec(size=size, ops=ops, per_frame=per_frame)
+
+
+def simclr(size: int = 224, strength: float = 1.0, blur: bool = True) -> VideoSpec:
+    """SimCLR (Chen et al., ICML 2020): bicubic crop of 8-100 %, flip, strong jitter, grey, blur; no normalisation."""
+    jitter = Jitter(
+        brightness=0.8 * strength,
+        contrast=0.8 * strength,
+        saturation=0.8 * strength,
+        hue=0.2 * strength,
+        maths="simclr",
+    )
+    taps = 2 * (size // 10 // 2) + 1
+    ops: tuple[Op, ...] = (Flip(), jitter, Gray())
+    if blur:
+        ops = (*ops, Blur(kernel=taps, border="zero", strength="batch"))
+    crop = RandomResizedCrop(scale=(0.08, 1.0))
+    return VideoSpec(size=size, crop=crop, ops=ops, interpolation="bicubic", antialias=False)

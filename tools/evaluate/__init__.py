@@ -1,0 +1,1 @@
+"""Evaluators: one benchmark per file, found by its module name."""
