@@ -14,9 +14,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clipmill.pipeline.draws import fold_array
-from clipmill.pipeline.spec import MATRICES, Blur, Cutout, Flip, Gray, Jitter, Normalize, Op, Params, VideoSpec
-
-_LUMA = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593)}
+from clipmill.pipeline.spec import (
+    MATRICES,
+    Blur,
+    Cutout,
+    Flip,
+    Gray,
+    Jitter,
+    Normalize,
+    Op,
+    Params,
+    VideoSpec,
+    yuv_to_rgb_matrix,
+)
 
 
 def op_params(spec: VideoSpec, draws: np.ndarray, num_frames: int, batch_key: int, view_key: str) -> list[Params]:
@@ -78,22 +88,6 @@ def _keys_cubic(x: np.ndarray) -> np.ndarray:
 
 
 _FILTERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"bilinear": _triangle, "bicubic": _keys_cubic}
-
-
-def yuv_to_rgb_matrix(matrix: str, full_range: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(3, 3) A and (3,) b with rgb = A @ (y, u, v) + b, for 8-bit planes and RGB in [0, 1]."""
-    kr, kb = _LUMA[matrix]
-    kg = 1.0 - kr - kb
-    luma, chroma, black = (255.0, 255.0, 0.0) if full_range else (219.0, 224.0, 16.0)
-    mix = np.array(
-        [
-            [1.0, 0.0, 2 * (1 - kr)],
-            [1.0, -2 * kb * (1 - kb) / kg, -2 * kr * (1 - kr) / kg],
-            [1.0, 2 * (1 - kb), 0.0],
-        ]
-    )
-    mix = mix / np.array([luma, chroma, chroma])
-    return mix, -mix @ np.array([black, 128.0, 128.0])
 
 
 def crop_resize(payload: Tensor, items: np.ndarray, spec: VideoSpec) -> Tensor:

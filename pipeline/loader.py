@@ -10,52 +10,30 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from clipmill.pipeline.audio import waveform_to_view
-from clipmill.pipeline.augment import augment, op_params
+from clipmill.pipeline.augment import op_params
 from clipmill.pipeline.batch import ClipBatch
-from clipmill.pipeline.fill import Engine, Filled, Stages
+from clipmill.pipeline.fill import Filled, Stages
+from clipmill.pipeline.kernels import render
 from clipmill.pipeline.order import Cursor, Order
 from clipmill.pipeline.record import ShardIndex
+from clipmill.pipeline.ring import LoaderConfig, ProcessRing, ThreadRing
 from clipmill.pipeline.slot import BatchPlanner, Job, Shape, Slot
 from clipmill.pipeline.spec import AudioSpec, VideoSpec
+from clipmill.pipeline.transfer import Transfer
 from clipmill.pipeline.views import Planner
-from clipmill.pipeline.workers import SharedBuffer, WorkerProcess
 
-_THREADS_PER_PROCESS = 4
+__all__ = ["DamageBudgetError", "Loader", "LoaderConfig"]
 
 
 class DamageBudgetError(RuntimeError):
     """More records are damaged than the run allows."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoaderConfig:
-    """How batches are made; none of it changes what is in them.
-
-    threads: decode threads per process, 0 = choose by the number of cores. processes: decode processes, 0 = decode in
-    this process, -1 = choose. ahead: batches made in advance. decoder: backend name. max_damaged: share of the
-    records that may turn out damaged before the run stops.
-    """
-
-    threads: int = 0
-    processes: int = -1
-    ahead: int = 2
-    decoder: str = "pyav"
-    max_damaged: float = 0.01
-
-    def resolved(self, cores: int) -> LoaderConfig:
-        """The same with all automatic choices made for ``cores`` cores."""
-        processes = self.processes
-        if processes < 0:
-            processes = 0 if cores <= _THREADS_PER_PROCESS else cores // _THREADS_PER_PROCESS
-        threads = self.threads or max(1, min(cores, _THREADS_PER_PROCESS))
-        return replace(self, threads=threads, processes=processes, ahead=max(self.ahead, processes))
 
 
 class Loader:
@@ -104,7 +82,8 @@ class Loader:
         self.augment_s = 0.0
         self.damaged: dict[int, str] = {}
         self._shape = Shape.of(planner, self.index[0], batch_size)
-        self._backend: _Threads | _Processes | None = None
+        self._transfer = Transfer(self.device)
+        self._ring: ThreadRing | ProcessRing | None = None
         if drop_last and len(self) == 0:
             raise ValueError(
                 f"{index.root}: {len(self.order)} samples an epoch do not fill one batch of {batch_size} x {world}; "
@@ -119,8 +98,8 @@ class Loader:
     def set_picks(self, picks: np.ndarray | None) -> None:
         """Replace the explicit record numbers of the order from the next epoch on."""
         self.order = replace(self.order, picks=picks)
-        if self._backend is not None:
-            self._backend.set_order(self.order)
+        if self._ring is not None:
+            self._ring.set_order(self.order)
 
     def cursor(self, epoch: int, batch: int) -> Cursor:
         """The state after ``batch`` batches of ``epoch``."""
@@ -129,32 +108,34 @@ class Loader:
 
     def epoch(self, epoch: int = 0, position: int = 0) -> Iterator[ClipBatch]:
         """Batches of one epoch, from global position ``position`` on."""
-        jobs = self._jobs(epoch, position)
-        if self._backend is None:
-            kind = _Processes if self.config.processes else _Threads
-            self._backend = kind(self.index, self.planner, self.order, self._shape, self.config)
-        backend = self._backend
+        return self._transfer.ahead(self._batches(self._jobs(epoch, position)))
+
+    def _batches(self, jobs: Iterator[Job]) -> Iterator[ClipBatch]:
+        if self._ring is None:
+            kind = ProcessRing if self.config.processes else ThreadRing
+            self._ring = kind(self.index, self.planner, self.order, self._shape, self.config, self._transfer)
         pending: deque[tuple[Job, int, Future[tuple[Filled, Slot]]]] = deque()
         free = deque(range(self.config.ahead + 1))
+        leaving: deque[tuple[torch.cuda.Event | None, int]] = deque()
+        job = next(jobs, None)
         try:
-            exhausted = False
-            while True:
-                while free and not exhausted:
+            while job is not None or pending:
+                while leaving and (leaving[0][0] is None or leaving[0][0].query() or not (free or pending)):
+                    event, number = leaving.popleft()
+                    if event is not None:
+                        event.synchronize()
+                    free.append(number)
+                while free and job is not None:
+                    number = free.popleft()
+                    pending.append((job, number, self._ring.submit(job, number)))
                     job = next(jobs, None)
-                    if job is None:
-                        exhausted = True
-                    else:
-                        number = free.popleft()
-                        pending.append((job, number, backend.submit(job, number)))
-                if not pending:
-                    return
-                job, number, future = pending.popleft()
+                done, number, future = pending.popleft()
                 start_s = time.perf_counter()
                 filled, slot = future.result()
                 self.wait_s += time.perf_counter() - start_s
                 self._account(filled)
-                batch = self._deliver(job, slot, filled.stages.payload_bytes)
-                free.append(number)
+                batch = self._deliver(done, slot, filled.stages.payload_bytes)
+                leaving.append((self._transfer.mark(), number))
                 yield batch
         finally:
             for _, _, future in pending:
@@ -162,9 +143,9 @@ class Loader:
 
     def close(self) -> None:
         """Stop threads and processes and free the ring; the loader can be used again."""
-        if self._backend is not None:
-            self._backend.close()
-            self._backend = None
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
 
     def __enter__(self) -> Loader:
         return self
@@ -197,7 +178,7 @@ class Loader:
         start_s = time.perf_counter()
         count = job.count
         samples = slot.samples[:count].copy()
-        payload = torch.from_numpy(slot.payload[:payload_bytes]).to(self.device)
+        payload = self._transfer.upload(slot.payload[:payload_bytes])
         batch_key = BatchPlanner.batch_key(self.order.seed, job)
         video: dict[str, Tensor] = {}
         audio: dict[str, Tensor] = {}
@@ -205,7 +186,7 @@ class Loader:
             if isinstance(view.augment, VideoSpec):
                 items = slot.items[view.name][:count]
                 params = op_params(view.augment, samples["draw"], items.shape[1], batch_key, view.key)
-                video[view.name] = augment(payload, items, view.augment, params)
+                video[view.name] = render(payload, items, view.augment, params)
             else:
                 assert isinstance(view.augment, AudioSpec)
                 pcm = torch.from_numpy(slot.sound[view.name][:count].copy()).to(self.device)
@@ -233,77 +214,3 @@ class Loader:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class _Threads:
-    """Decode threads in this process; slots are ordinary memory that grows when a batch needs more."""
-
-    def __init__(self, index: ShardIndex, planner: Planner, order: Order, shape: Shape, config: LoaderConfig) -> None:
-        self._shape = shape
-        self._engine = Engine(index, planner, order, shape, threads=config.threads, decoder=config.decoder)
-        self._buffers: dict[int, np.ndarray] = {}
-
-    def submit(self, job: Job, number: int) -> Future[tuple[Filled, Slot]]:
-        result: Future[tuple[Filled, Slot]] = Future()
-        slots: list[Slot] = []
-
-        def grow(size: int) -> Slot:
-            buffer = self._buffers.get(number)
-            if buffer is None or len(buffer) < size:
-                buffer = self._buffers[number] = np.empty(size * 5 // 4, np.uint8)
-            slots.append(Slot(buffer, self._shape))
-            return slots[-1]
-
-        def relay(done: Future[Filled]) -> None:
-            error = done.exception()
-            if error is not None:
-                result.set_exception(error)
-            else:
-                result.set_result((done.result(), slots[-1]))
-
-        self._engine.submit(job, grow).add_done_callback(relay)
-        return result
-
-    def set_order(self, order: Order) -> None:
-        self._engine.set_order(order)
-
-    def close(self) -> None:
-        self._engine.close()
-        self._buffers.clear()
-
-
-class _Processes:
-    """Decode processes; slots are shared memory."""
-
-    def __init__(self, index: ShardIndex, planner: Planner, order: Order, shape: Shape, config: LoaderConfig) -> None:
-        self._shape = shape
-        self._workers = [
-            WorkerProcess(index, planner, order, shape, threads=config.threads, decoder=config.decoder)
-            for _ in range(config.processes)
-        ]
-        self._buffers = [SharedBuffer() for _ in range(config.ahead + 1)]
-
-    def submit(self, job: Job, number: int) -> Future[tuple[Filled, Slot]]:
-        result: Future[tuple[Filled, Slot]] = Future()
-        buffer = self._buffers[number]
-
-        def relay(done: Future[tuple[Filled, int]]) -> None:
-            error = done.exception()
-            if error is not None:
-                result.set_exception(error)
-            else:
-                filled, size = done.result()
-                result.set_result((filled, Slot(buffer.fit(size), self._shape)))
-
-        self._workers[job.number % len(self._workers)].submit(job, buffer.path).add_done_callback(relay)
-        return result
-
-    def set_order(self, order: Order) -> None:
-        for worker in self._workers:
-            worker.set_order(order)
-
-    def close(self) -> None:
-        for worker in self._workers:
-            worker.close()
-        for buffer in self._buffers:
-            buffer.unlink()

@@ -20,7 +20,25 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 MATRICES = ("bt601", "bt709", "bt2020")  # YUV matrices, by the number stored with an item
 
+_LUMA = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593)}
+
 Range = tuple[float, float]
+
+
+def yuv_to_rgb_matrix(matrix: str, full_range: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(3, 3) A and (3,) b with rgb = A @ (y, u, v) + b, for 8-bit planes and RGB in [0, 1]."""
+    kr, kb = _LUMA[matrix]
+    kg = 1.0 - kr - kb
+    luma, chroma, black = (255.0, 255.0, 0.0) if full_range else (219.0, 224.0, 16.0)
+    mix = np.array(
+        [
+            [1.0, 0.0, 2 * (1 - kr)],
+            [1.0, -2 * kb * (1 - kb) / kg, -2 * kr * (1 - kr) / kg],
+            [1.0, 2 * (1 - kb), 0.0],
+        ]
+    )
+    mix = mix / np.array([luma, chroma, chroma])
+    return mix, -mix @ np.array([black, 128.0, 128.0])
 
 
 def _between(unit: np.ndarray, bounds: Range) -> np.ndarray:
@@ -81,39 +99,59 @@ class RandomResizedCrop:
         return Boxes.cut(x, y, w, h)
 
 
+def _resized(height: np.ndarray, width: np.ndarray, short: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sizes after resizing the short side to ``short``; the long side is truncated, as torchvision does."""
+    side = np.minimum(height, width)
+    return short * height // side, short * width // side
+
+
+def _window(height: np.ndarray, width: np.ndarray, new: tuple, top: np.ndarray, left: np.ndarray, size: int) -> Boxes:
+    """The source area of a ``size`` crop at (top, left) of the frame resized to ``new``."""
+    down, across = height / new[0], width / new[1]
+    box = np.stack([left * across, top * down, size * across, size * down], -1)
+    zero = np.zeros_like(height)
+    return Boxes(box, np.stack([zero, zero, width, height], -1).astype(np.int64))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CenterCrop:
     """Resize the short side to ``resize`` pixels, cut the centre ``size`` pixels (resize = size: the whole side).
 
-    Equal to resizing the frame and cutting afterwards: resizing reads beyond the crop's border.
+    Equal to torchvision's Resize and CenterCrop: resizing reads beyond the crop's border.
     """
 
     size: int
     resize: int
 
+    def __post_init__(self) -> None:
+        if not 0 < self.size <= self.resize:
+            raise ValueError(f"cannot cut {self.size} pixels from a short side of {self.resize}")
+
     def boxes(self, keys: np.ndarray, height: np.ndarray, width: np.ndarray) -> Boxes:
         """Boxes for N frames; nothing is drawn."""
-        side = np.minimum(height, width) * (self.size / self.resize)
-        box = np.stack([(width - side) / 2, (height - side) / 2, side, side], -1)
-        zero = np.zeros_like(height)
-        return Boxes(box, np.stack([zero, zero, width, height], -1).astype(np.int64))
+        new = _resized(height, width, np.full_like(height, self.resize))
+        top, left = (np.rint((side - self.size) / 2) for side in new)
+        return _window(height, width, new, top, left, self.size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResizedRandomCrop:
-    """Resize the short side to U(resize) pixels, cut ``size`` pixels at a random place (scale jitter)."""
+    """Resize the short side to an integer from U{resize}, cut ``size`` pixels at a random place (scale jitter)."""
 
     size: int
     resize: tuple[int, int]
 
+    def __post_init__(self) -> None:
+        if not 0 < self.size <= self.resize[0] <= self.resize[1]:
+            raise ValueError(f"cannot cut {self.size} pixels from a short side of {self.resize[0]}..{self.resize[1]}")
+
     def boxes(self, keys: np.ndarray, height: np.ndarray, width: np.ndarray) -> Boxes:
         """Boxes for N frames; ``keys`` (N,) uint64."""
         unit = uniforms(keys, 3)
-        short = np.floor(self.resize[0] + unit[:, 0] * (self.resize[1] - self.resize[0] + 1))
-        side = np.minimum(height, width) * self.size / np.maximum(short, self.size)
-        box = np.stack([unit[:, 1] * (width - side), unit[:, 2] * (height - side), side, side], -1)
-        zero = np.zeros_like(height)
-        return Boxes(box, np.stack([zero, zero, width, height], -1).astype(np.int64))
+        short = self.resize[0] + _integer(unit[:, 0], np.full_like(height, self.resize[1] - self.resize[0] + 1))
+        new = _resized(height, width, short)
+        top, left = (_integer(unit[:, 1 + axis], new[axis] - self.size + 1) for axis in range(2))
+        return _window(height, width, new, top, left, self.size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
