@@ -16,7 +16,7 @@ _EXPORTS = {
     "ShardIndex": "pipeline.record",
     "View": "pipeline.views",
     "Span": "pipeline.views",
-    "Plan": "pipeline.views",
+    "Planner": "pipeline.views",
     "Cursor": "pipeline.order",
     "ClipBatch": "pipeline.batch",
     "Loader": "pipeline.loader",

@@ -21,5 +21,6 @@ setup(
     packages=["clipmill", *(f"clipmill.{name}" for name in packages)],
     package_dir={"clipmill": "."},
     package_data={"clipmill": ["py.typed"], "": ["*.md", "*.json", "*.txt", "*.yaml", "*.sh"]},
+    exclude_package_data={"clipmill": ["*.md", "*.json", "*.txt", "*.yaml", "*.sh"]},
     cmdclass={"build_py": BuildPy},
 )
