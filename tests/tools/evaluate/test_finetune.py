@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clipmill.models.encoder import InputSpec, build_encoder
+from clipmill.pipeline.record import ShardIndex
+from clipmill.pipeline.spec import Flip, Normalize, RandomResizedCrop, VideoSpec
+from clipmill.tools.evaluate.features import Compute
+from clipmill.tools.evaluate.finetune import Classifier, Config, evaluate, fit, train_planner
+from clipmill.tools.evaluate.opening import encoder_digest, open_encoder
+from clipmill.tools.evaluate.views import Views
+
+
+@pytest.fixture
+def config(compute: Compute) -> Config:
+    views = Views(clips=2, frames=2, size=24)
+    return Config(epochs=12, train_batch=8, lr=0.05, warmup_epochs=0, min_area=0.6, views=views, compute=compute)
+
+
+def test_a_network_learns_the_classes(bright: ShardIndex, config: Config, tmp_path: Path) -> None:
+    encoder = open_encoder("random:resnet18:width=0.125")
+    encoder.spec = InputSpec(num_frames=2, size=24)
+    before = encoder_digest(encoder)
+    training = encoder.training
+    steps: list[tuple[str, int, int]] = []
+    report = evaluate(
+        encoder,
+        bright.root,
+        tmp_path,
+        replace(config, epochs=20),
+        progress=lambda what, done, total, unit: steps.append((what, done, total)),
+    )
+    assert report.metrics["top1"] >= 0.75
+    assert report.metrics["train_top1"] >= 0.75
+    assert report.metrics["train_loss"] < 0.7
+    assert encoder_digest(encoder) == before == report.digests["encoder"]
+    assert encoder.training == training
+    assert steps[:2] == [("fine-tuning", 1, 40), ("fine-tuning", 2, 40)]
+    assert steps[-1] == ("test views", 8, 8)
+    assert set(report.artefacts) == {"samples.csv", "confusion.png", "training.csv"}
+    with (tmp_path / "training.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == list(range(20))
+    assert float(rows[-1]["loss"]) == report.metrics["train_loss"] < float(rows[0]["loss"])
+    assert {row["damaged"] for row in rows} == {"0"}
+
+
+def test_the_same_seed_gives_the_same_weights(bright: ShardIndex, config: Config) -> None:
+    def trained(options: Config) -> str:
+        encoder = build_encoder("resnet18", width=0.125)
+        encoder.load_state_dict(start)
+        encoder.spec = InputSpec(num_frames=2, size=24)
+        model = Classifier(encoder, 3, options.dropout, options.seed)
+        state = torch.get_rng_state()
+        fit(model, bright.split("train"), options, train_planner(encoder, options))
+        assert torch.equal(torch.get_rng_state(), state)
+        return encoder_digest(model)
+
+    start = build_encoder("resnet18", width=0.125).state_dict()
+    short = replace(config, epochs=2, dropout=0.2)
+    first = trained(short)
+    torch.rand(5)
+    assert trained(replace(short, compute=replace(short.compute, threads=2))) == first
+    assert trained(replace(short, seed=1)) != first
+    assert trained(replace(short, epochs=1)) != first
+
+
+def test_scratch_forgets_the_weights(bright: ShardIndex, config: Config, tmp_path: Path) -> None:
+    short = replace(config, epochs=1, scratch=True)
+    scores = []
+    for number in range(2):
+        torch.manual_seed(number)
+        encoder = build_encoder("resnet18", width=0.125)
+        encoder.spec = InputSpec(num_frames=2, size=24)
+        scores.append(evaluate(encoder, bright.root, tmp_path / str(number), short).metrics)
+        assert (tmp_path / str(number) / "training.csv").is_file()
+    assert scores[0] == scores[1]
+    kept = evaluate(encoder, bright.root, tmp_path / "kept", replace(short, scratch=False))
+    assert kept.metrics["train_loss"] != scores[1]["train_loss"]
+
+
+def test_a_learning_rate_of_zero_freezes_the_encoder(bright: ShardIndex, colour: Any, config: Config) -> None:
+    model = Classifier(colour, 3)
+    options = replace(config, encoder_lr_scale=0.0, epochs=1)
+    head = model.head.weight.detach().clone()
+    fit(model, bright.split("train"), options, train_planner(colour, options))
+    assert colour.gain.item() == 1.0
+    assert (model.head.weight != head).all()
+    fit(model, bright.split("train"), replace(options, encoder_lr_scale=1.0), train_planner(colour, options))
+    assert colour.gain.item() != 1.0
+
+
+def test_clips_per_epoch_and_small_sets(bright: ShardIndex, colour: Any, config: Config) -> None:
+    def steps(options: Config) -> int:
+        counted = []
+        model = Classifier(colour, 3)
+        train = bright.split("train")
+        fit(model, train, options, train_planner(colour, options), lambda *state: counted.append(state))
+        return len(counted)
+
+    assert steps(replace(config, epochs=2)) == 4  # 16 records in batches of 8
+    assert steps(replace(config, epochs=2, clips_per_epoch=3)) == 12
+    assert steps(replace(config, epochs=2, train_batch=5)) == 6  # the odd record is left out
+    assert steps(replace(config, epochs=2, train_batch=50)) == 2
+
+
+def test_schedule_and_gradient_norm(bright: ShardIndex, colour: Any, config: Config) -> None:
+    options = replace(
+        config, epochs=4, train_batch=16, schedule="step", milestones=(1, 3), gamma=0.5, clip_grad_norm=1e-9, lr=0.1
+    )
+    model = Classifier(colour, 3)
+    head = model.head.weight.detach().clone()
+    history = fit(model, bright.split("train"), replace(options, weight_decay=0.0), train_planner(colour, options))
+    assert [row["lr"] for row in history] == pytest.approx([0.1, 0.05, 0.05, 0.025])
+    torch.testing.assert_close(model.head.weight, head, atol=1e-8, rtol=0)
+
+
+def test_training_views_are_light(colour: Any, config: Config) -> None:
+    (view,) = train_planner(colour, replace(config, flip=0.5)).views
+    assert (view.num_frames, view.stride) == (2, 2)
+    assert isinstance(view.augment, VideoSpec)
+    assert view.augment.crop == RandomResizedCrop(scale=(0.6, 1.0))
+    assert view.augment.ops == (Flip(p=0.5), Normalize())
+    (view,) = train_planner(colour, replace(config, flip=0.0)).views
+    assert view.augment.ops == (Normalize(),)
+
+
+def test_sound(
+    make_dataset: Callable[..., ShardIndex],
+    relabel: Callable[..., ShardIndex],
+    mel: Any,
+    config: Config,
+    tmp_path: Path,
+) -> None:
+    """Class = whether the sine is below or above 1 kHz; a linear layer on the mean spectrum learns it."""
+    plain = make_dataset(tmp_path / "plain", num_records=32, num_frames=10)
+    labels = [int(number >= 16) for number in range(32)]
+    splits = ["test" if number % 4 == 1 else "train" for number in range(32)]
+    index = relabel(plain, tmp_path / "data", labels, splits, ["low", "high"])
+    options = replace(config, epochs=6, lr=0.01, optimiser="adamw")
+    report = evaluate(mel, index.root, tmp_path / "out", options)
+    assert report.metrics["top1"] >= 0.75
+
+
+def test_a_corpus_without_sound_is_refused(
+    make_dataset: Callable[..., ShardIndex], mel: Any, config: Config, tmp_path: Path
+) -> None:
+    index = make_dataset(tmp_path / "data", num_records=6, num_frames=4, audio=False)
+    with pytest.raises(ValueError, match="have no sound, the first is"):
+        evaluate(mel, index.root, tmp_path / "out", config)
+
+
+def test_a_loss_that_explodes_is_an_error(bright: ShardIndex, colour: Any, config: Config) -> None:
+    with torch.no_grad():
+        colour.gain.fill_(float("inf"))
+    with pytest.raises(ValueError, match=r"the loss is nan in epoch 0; use a lower --lr than 0\.05"):
+        fit(Classifier(colour, 3), bright.split("train"), config, train_planner(colour, config))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs = 0 is not possible"),
+        ({"lr": 0.0}, r"lr = 0\.0 is not possible"),
+        ({"train_batch": 0}, "batch_size = 0 is not possible"),
+        ({"flip": 1.5}, r"flip = 1\.5 is not possible; it must be a share"),
+        ({"encoder_lr_scale": -1.0}, "encoder_lr_scale"),
+        ({"epochs": 1, "warmup_epochs": 2.0}, "warmup_epochs = 2.0"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Config(**options)

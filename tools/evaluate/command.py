@@ -1,0 +1,114 @@
+"""``clipmill evaluate BENCHMARK ENCODER DATA``: measure an encoder on a packed, labelled data set."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar
+
+import tyro
+
+from clipmill.tools.evaluate.evaluator import benchmark_module, benchmarks
+from clipmill.tools.progress import Progress
+
+C = TypeVar("C")
+RANDOM = "random:"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Args(Generic[C]):
+    """Measure an encoder on a packed, labelled data set."""
+
+    benchmark: Annotated[str, tyro.conf.Suppress] = ""
+    encoder: tyro.conf.Positional[str]
+    """Run folder or encoder folder; or random:FOLDER, the same encoder before training; or
+    random:BACKBONE[:width=0.25,seed=1], an untrained one."""
+    data: tyro.conf.Positional[Path]
+    """Data set folder made by `clipmill pack`."""
+    out: Path | None = None
+    """Folder for score.json, tables and pictures; default: evaluate/BENCHMARK in the run folder."""
+    json: bool = False
+    """Print score.json instead of tables."""
+    config: C
+
+
+def usage() -> str:
+    """The text of ``clipmill evaluate --help``."""
+    found = benchmarks()
+    width = max(len(name) for name in found)
+    return "\n".join(
+        [
+            "usage: clipmill evaluate BENCHMARK ENCODER DATA [OPTIONS]",
+            "",
+            "Measure an encoder on a packed, labelled data set.",
+            "",
+            "benchmarks:",
+            *(f"  {name:<{width}}  {about}" for name, about in found.items()),
+            "",
+            "  clipmill evaluate BENCHMARK --help   the options of one benchmark",
+        ]
+    )
+
+
+def parse(argv: Sequence[str]) -> Args[Any]:
+    """Read the command line after ``clipmill evaluate``; prints the help and leaves where it asks for it."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage(), file=sys.stdout if argv else sys.stderr)
+        raise SystemExit(0 if argv else 2)
+    name, *rest = argv
+    kind = Args[benchmark_module(name).Config]
+    prog = f"clipmill evaluate {name}"
+    return replace(tyro.cli(kind, prog=prog, args=rest, config=(tyro.conf.OmitArgPrefixes,)), benchmark=name)
+
+
+def main(args: Args[Any]) -> int:
+    """Evaluate, store the report and print it."""
+    from rich.console import Console
+
+    from clipmill.tools.evaluate.opening import open_encoder
+
+    encoder = open_encoder(args.encoder)
+    out, config = _placed(args)
+    with ExitStack() as stack:
+        evaluate = benchmark_module(args.benchmark).evaluate
+        report = evaluate(encoder, args.data, out, config, progress=_shower(stack, quiet=args.json))
+    report = replace(report, settings={"encoder": args.encoder, "data": str(args.data), **report.settings})
+    path = report.save(out)
+    if args.json:
+        print(report.to_json(), end="")
+    else:
+        report.show(Console())
+        print(path)
+    return 0
+
+
+def _placed(args: Args[Any]) -> tuple[Path, Any]:
+    """Where the report goes, and the options; inside a run folder its benchmarks share one cache of features."""
+    if args.out is not None:
+        return args.out, args.config
+    if args.encoder.startswith(RANDOM):
+        raise ValueError(
+            f"an untrained encoder ({args.encoder}) has no run folder; say with --out where the score goes"
+        )
+    folder = Path(args.encoder) / "evaluate"
+    compute = getattr(args.config, "compute", None)
+    if compute is None or compute.cache is not None:
+        return folder / args.benchmark, args.config
+    shared = replace(compute, cache=folder / "features")
+    return folder / args.benchmark, replace(args.config, compute=shared)
+
+
+def _shower(stack: ExitStack, quiet: bool) -> Callable[[str, int, int, str], None]:
+    """A callback that shows one piece of work after the other."""
+    shown: dict[str, Progress] = {}
+
+    def show(what: str, done: int, total: int, unit: str) -> None:
+        if what not in shown:
+            stack.close()
+            shown[what] = stack.enter_context(Progress(what, total, unit, quiet=quiet))
+        shown[what](done, total)
+
+    return show

@@ -1,0 +1,220 @@
+"""Fine-tuning: the whole network trained with labels under a new linear classifier, scored with several views.
+
+On a pretrained encoder it measures how well its weights start off a supervised task; with ``--scratch`` (or a
+``random:`` encoder) the same training from random weights is the supervised ceiling of that backbone on that corpus.
+The test split is scored once, after the last epoch.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clipmill.models.encoder import Encoder
+from clipmill.models.method import weights_and_rest
+from clipmill.pipeline.config import TrainConfig
+from clipmill.pipeline.loader import Loader
+from clipmill.pipeline.optim import build_optimizer, set_lr
+from clipmill.pipeline.record import ShardIndex
+from clipmill.pipeline.spec import Flip, Op, RandomResizedCrop, VideoSpec
+from clipmill.pipeline.views import Clips, Planner, Sound, View
+from clipmill.tools.evaluate.classification import classification
+from clipmill.tools.evaluate.evaluator import Progress, Report, silent, write_csv
+from clipmill.tools.evaluate.features import Compute, extract, require_usable
+from clipmill.tools.evaluate.frozen import digests, settings
+from clipmill.tools.evaluate.opening import Splits, class_names, split, stored_audio_view, untrained
+from clipmill.tools.evaluate.views import Views, clip_shape, eval_views, normalize, plain_audio_view
+from clipmill.tools.metrics import Average, average_views
+
+TRAINING_FILE = "training.csv"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Options of fine-tuning."""
+
+    epochs: int = 10
+    """Passes over the training split."""
+    train_batch: int = 32
+    """Training clips per step."""
+    clips_per_epoch: int = 1
+    """Random clips of every record per epoch."""
+    optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
+    """Update rule."""
+    lr: float = 0.01
+    """Peak learning rate of the classifier."""
+    encoder_lr_scale: float = 1.0
+    """Learning rate of the encoder as a multiple of ``lr``."""
+    weight_decay: float = 1e-4
+    """Of all weights but biases and the parameters of normalisation layers."""
+    momentum: float = 0.9
+    """Of sgd."""
+    warmup_epochs: float = 1.0
+    """Epochs of linear warm-up."""
+    schedule: Literal["constant", "step", "cosine"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    milestones: tuple[int, ...] = ()
+    """Epochs at which the step schedule multiplies the rate by gamma."""
+    gamma: float = 0.1
+    """Factor of the step schedule."""
+    clip_grad_norm: float = 0.0
+    """Largest L2 norm of the gradient; 0 leaves it alone."""
+    dropout: float = 0.0
+    """Before the classifier."""
+    label_smoothing: float = 0.0
+    """Of the cross-entropy."""
+    min_area: float = 0.4
+    """Least share of the frame that a random crop takes."""
+    flip: float = 0.5
+    """Probability of mirroring a training clip; use 0 where left and right make a class."""
+    scratch: bool = False
+    """Train the same backbone from random weights."""
+    seed: int = 0
+    """Of the classifier, the order of records and the augmentation."""
+    average: Average = "prob"
+    """Of a record's views: average their probabilities or their scores."""
+    views: Views = field(default_factory=Views)
+    splits: Splits = field(default_factory=Splits)
+    compute: Compute = field(default_factory=Compute)
+
+    def __post_init__(self) -> None:
+        _ = self.training  # says what is out of range
+        shares = {"min_area": self.min_area, "flip": self.flip, "dropout": self.dropout}
+        for name, value in (shares | {"label_smoothing": self.label_smoothing}).items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} = {value} is not possible; it must be a share, 0 to 1")
+        if self.encoder_lr_scale < 0:
+            raise ValueError(f"encoder_lr_scale = {self.encoder_lr_scale} is not possible; it must be at least 0")
+
+    @property
+    def training(self) -> TrainConfig:
+        """The same numbers for `clipmill.pipeline.optim`."""
+        names = ("epochs", "optimiser", "lr", "weight_decay", "momentum", "warmup_epochs", "schedule", "milestones")
+        more = ("gamma", "clip_grad_norm", "seed")
+        options: dict[str, Any] = {name: getattr(self, name) for name in (*names, *more)}
+        return TrainConfig(batch_size=self.train_batch, repeat=self.clips_per_epoch, **options)
+
+
+class Classifier(nn.Module):
+    """An encoder under dropout and a linear layer: clips to class scores (B, K).
+
+    The layer starts from N(0, 0.01) weights drawn with ``seed``, zero bias.
+    """
+
+    def __init__(self, encoder: Encoder, num_classes: int, dropout: float = 0.0, seed: int = 0) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(encoder.dim, num_classes)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            self.head.weight.copy_(0.01 * torch.randn(self.head.weight.shape, generator=generator))
+            self.head.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores of clips (B, C, T, H, W) or spectrograms."""
+        return self.head(self.dropout(self.encoder(x)))
+
+
+def evaluate(encoder: Encoder, root: Path, out: Path, config: Config, *, progress: Progress = silent) -> Report:
+    """Train a copy of the encoder and a classifier, then score the test split. See `Evaluator`."""
+    train, test = split(root, config.splits)
+    source = digests(encoder, root, train, test)
+    classes = class_names(train, test)
+    start = untrained(encoder, config.seed) if config.scratch else copy.deepcopy(encoder)
+    audio_view = stored_audio_view(encoder)
+    model = Classifier(start, len(classes), config.dropout, config.seed)
+    history = fit(model, train, config, train_planner(start, config, audio_view), progress)
+    plan = eval_views(start.spec, config.views, audio_view)
+    answers = extract(model, test, plan, config.compute, keep_views=True, what="test views", progress=progress)
+    outcome = classification(average_views(answers.feature, config.average), test, classes, out)
+    write_csv(out / TRAINING_FILE, history)
+    last = history[-1]
+    return Report(
+        benchmark="finetune",
+        metrics=outcome.metrics | {"train_top1": last["train_top1"], "train_loss": last["loss"]},
+        rows=outcome.rows,
+        artefacts=[*outcome.artefacts, TRAINING_FILE],
+        settings=settings(config, plan, train, test) | {"epoch_scored": "last"},
+        digests=source,
+    )
+
+
+def train_planner(encoder: Encoder, config: Config, audio_view: View | None = None) -> Planner:
+    """One lightly augmented random clip (or window of sound) per draw, in a view named ``clip``."""
+    spec = encoder.spec
+    if spec.modality == "audio":
+        window = plain_audio_view(spec, audio_view, config.views.duration_s)
+        return Sound(views=(View(name="clip", modality="audio", duration_s=window.duration_s, augment=window.augment),))
+    ops: tuple[Op, ...] = (Flip(p=config.flip), normalize(spec)) if config.flip else (normalize(spec),)
+    crop = RandomResizedCrop(scale=(config.min_area, 1.0))
+    augment = VideoSpec(size=config.views.size or spec.size, crop=crop, ops=ops)
+    view = View(name="clip", **clip_shape(spec, config.views), augment=augment)
+    return Clips(views=(view,), short=config.views.short)
+
+
+def fit(
+    model: Classifier, train: ShardIndex, config: Config, planner: Planner, progress: Progress = silent
+) -> list[dict[str, Any]]:
+    """Train in place; returns one row per epoch: loss, accuracy on the training clips, last learning rate, and the
+    number of damaged records so far, in whose place the loader put others.
+
+    The last incomplete batch of an epoch is left out where there are others: normalisation layers cannot do with one
+    clip.
+    """
+    require_usable(train, planner)
+    device = config.compute.torch_device
+    model.to(device).train()
+    options = config.training
+    encoder = [replace(group, lr_scale=config.encoder_lr_scale) for group in weights_and_rest(model.encoder)]
+    optimizer = build_optimizer([*weights_and_rest(model.head), *encoder], options)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.compute.precision == "fp16")
+    clips = len(train) * config.clips_per_epoch
+    loader = Loader(
+        train,
+        planner,
+        batch_size=config.train_batch,
+        seed=config.seed,
+        repeat=config.clips_per_epoch,
+        drop_last=clips >= config.train_batch,
+        device=device,
+        config=config.compute.loader,
+    )
+    history = []
+    total = config.epochs * len(loader)
+    step = 0
+    with loader, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)  # of dropout
+        for epoch in range(config.epochs):
+            loss_sum, right, seen, lr = 0.0, 0, 0, 0.0
+            for batch in loader.epoch(epoch):
+                lr = set_lr(optimizer, options, step, len(loader))
+                x = next(iter({**batch.video, **batch.audio}.values()))
+                with config.compute.autocast():
+                    scores = model(x)
+                    loss = F.cross_entropy(scores.float(), batch.label, label_smoothing=config.label_smoothing)
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise ValueError(f"the loss is {value} in epoch {epoch}; use a lower --lr than {config.lr}")
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                if config.clip_grad_norm:
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
+                scaler.step(optimizer)
+                scaler.update()
+                loss_sum += value * len(batch)
+                right += int((scores.argmax(1) == batch.label).sum())
+                seen += len(batch)
+                step += 1
+                progress("fine-tuning", step, total, "steps")
+            row = {"epoch": epoch, "loss": loss_sum / seen, "train_top1": right / seen, "lr": lr}
+            history.append(row | {"damaged": len(loader.damaged)})
+    return history

@@ -1,0 +1,156 @@
+"""Which encoder is meant by a word of the command line, and which records are its training and its test set."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from clipmill.models.encoder import ENCODER_META, Encoder, build_encoder, encoder_meta, load_encoder
+from clipmill.pipeline.draws import fold, fold_array
+from clipmill.pipeline.record import ShardIndex
+from clipmill.pipeline.views import View
+from clipmill.tools.evaluate.views import audio_view_from_json
+
+RANDOM = "random:"
+
+
+def open_encoder(text: str, device: str = "cpu") -> Encoder:
+    """An encoder by name: a run folder, an encoder folder, or ``random:...`` for an untrained baseline.
+
+    ``random:FOLDER`` is the encoder of that folder before training; ``random:BACKBONE:width=0.25,seed=1`` builds one.
+    The same text gives the same weights.
+    """
+    if not text.startswith(RANDOM):
+        encoder = load_encoder(text, device)
+        _remember_sound(encoder, Path(text))
+        return encoder
+    name, _, rest = text.removeprefix(RANDOM).partition(":")
+    options = _options(text, rest)
+    seed = options.pop("seed", 0)
+    if not isinstance(seed, int):
+        raise ValueError(f"{text}: seed must be an integer, got {seed!r}")
+    if (Path(name) / ENCODER_META).is_file():
+        if options:
+            raise ValueError(f"{text}: a folder fixes the backbone's options; only seed=... may follow")
+        trained = load_encoder(name)
+        _remember_sound(trained, Path(name))
+        return untrained(trained, seed).to(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_encoder(name, **options).to(device)
+
+
+def untrained(encoder: Encoder, seed: int = 0) -> Encoder:
+    """The same backbone for the same input with new random weights; needs an encoder made by `build_encoder`."""
+    recipe = encoder.recipe
+    if recipe is None:
+        raise ValueError(f"{type(encoder).__name__} was not made by build_encoder, so it cannot be built anew")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = build_encoder(recipe["name"], **recipe["options"])
+    fresh.spec = encoder.spec
+    fresh.audio_view = stored_audio_view(encoder)  # type: ignore[assignment]
+    return fresh
+
+
+def stored_audio_view(encoder: Encoder) -> View | None:
+    """How the run that made this encoder prepared its sound; None if nothing is known."""
+    return getattr(encoder, "audio_view", None)
+
+
+def _remember_sound(encoder: Encoder, folder: Path) -> None:
+    extra = encoder_meta(folder)["extra"]
+    if "audio_view" in extra:
+        encoder.audio_view = audio_view_from_json(extra["audio_view"])  # type: ignore[assignment]
+
+
+def _options(text: str, rest: str) -> dict[str, Any]:
+    options = {}
+    for item in filter(None, rest.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals or not key.isidentifier():
+            raise ValueError(f"{text}: expected name=value after the backbone, got {item!r}")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    return options
+
+
+# --- splits -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Splits:
+    """Which records train a classifier (or are searched) and which are scored."""
+
+    train: str = "train"
+    """Name of the training split."""
+    test: str = "test"
+    """Name of the split that is scored."""
+    test_fraction: float | None = None
+    """Ignore the corpus's splits and score this share of all records, chosen by a hash of their uid."""
+
+
+def split(root: Path, options: Splits) -> tuple[ShardIndex, ShardIndex]:
+    """(train, test) of a packed data set, all labelled; an unlabelled record is an error that names it."""
+    index = ShardIndex.open(root)
+    if options.test_fraction is not None:
+        if not 0 < options.test_fraction < 1:
+            raise ValueError(f"test_fraction must lie between 0 and 1, got {options.test_fraction}")
+        test = smallest_hashes(index.column("uid"), options.test_fraction, "test")
+        if test.all() or not test.any():
+            raise ValueError(f"{root}: {len(index)} records are too few to score a share of {options.test_fraction}")
+        parts = index.select(~test), index.select(test)
+    else:
+        if not np.any(index.column("split") != ""):
+            raise ValueError(f"{root}: the records have no splits; give --test-fraction, e.g. 0.25")
+        if options.train == options.test:
+            raise ValueError(f"training and test split are both {options.train!r}; name two with --train and --test")
+        parts = index.split(options.train), index.split(options.test)
+    for part in parts:
+        require_labels(part)
+    return parts
+
+
+def smallest_hashes(uids: np.ndarray, fraction: float, key: str) -> np.ndarray:
+    """Mask of round(fraction * N) records: those whose hashed uid is smallest, whatever their order."""
+    hashes = fold_array(np.full(len(uids), fold(key), np.uint64), uids.astype(np.uint64))
+    mask = np.zeros(len(uids), bool)
+    mask[np.argsort(hashes, kind="stable")[: round(fraction * len(uids))]] = True
+    return mask
+
+
+def require_labels(index: ShardIndex) -> None:
+    """Raise ValueError for the first record without a class."""
+    missing = np.flatnonzero(index.column("label") < 0)
+    if len(missing):
+        record = index[int(missing[0])]
+        raise ValueError(
+            f"{index.root}: {len(missing)} of {len(index)} records have no label, the first is {record.key!r}; "
+            "pack with labels or choose labelled splits"
+        )
+
+
+def class_names(index: ShardIndex, *more: ShardIndex) -> list[str]:
+    """Names by class number, long enough for every label."""
+    top = max(int(part.column("label").max()) for part in (index, *more))
+    names = list(index.classes)
+    return names + [str(number) for number in range(len(names), top + 1)]
+
+
+def encoder_digest(encoder: torch.nn.Module) -> str:
+    """A short hex name of a network: its class, its recipe and every weight."""
+    state = hashlib.blake2b(digest_size=8)
+    state.update(f"{type(encoder).__qualname__} {getattr(encoder, 'recipe', '')}".encode())
+    for name, tensor in sorted(encoder.state_dict().items()):
+        flat = tensor.detach().cpu().contiguous().flatten()
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(flat.view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()

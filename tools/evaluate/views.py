@@ -1,0 +1,314 @@
+"""What an encoder is shown of each record at test time: which moments, which crops, in which form.
+
+`Views` are the user's options; `eval_views` makes of them, and of what the encoder was made for, a `EvalPlan`: a
+planner for the loader that draws nothing. The arithmetic of the common protocols (mmaction's
+`SampleFrames`, `ThreeCrop`, `TenCrop` in test mode) stands here as pure functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from clipmill.models.encoder import InputSpec
+from clipmill.pipeline.draws import Draws
+from clipmill.pipeline.record import ShardIndex, VideoRecord
+from clipmill.pipeline.spec import AudioSpec, Boxes, CenterCrop, Crop, Flip, LogMel, Normalize, Op, VideoSpec
+from clipmill.pipeline.views import Drawn, Planner, Short, Span, Uniform, View, audio_span, within
+
+Box = tuple[int, int, int, int]
+AUDIO_DURATION_S = 2.0  # where nothing else is known
+
+
+# --- moments ------------------------------------------------------------------------------------------------
+
+
+def sample_frames(
+    num_frames: int, clip_len: int, interval: float, clips: int, *, twice: bool = False, short: Short = "loop"
+) -> np.ndarray:
+    """Frame numbers (clips, clip_len) of evenly spread test clips, mmaction's ``SampleFrames(test_mode=True)``.
+
+    With span s = clip_len * interval and step = (num_frames - s + 1) / clips, clip i starts at i * step + step / 2;
+    ``twice`` appends clips that start at i * step. A video shorter than s gives ``clips`` clips that start at 0.
+    short: frames beyond the end ``loop`` around or ``repeat`` the last frame that the clip has.
+
+    >>> sample_frames(90, 16, 2, 3)[:, 0].tolist(), sample_frames(3, 4, 1, 1, short="repeat").tolist()
+    ([9, 29, 49], [[0, 1, 2, 2]])
+    """
+    span = clip_len * interval
+    starts = np.zeros(clips)
+    if num_frames > span - 1:
+        step = (num_frames - span + 1) / clips
+        base = np.arange(clips) * step
+        starts = np.floor(base + step / 2)
+        if twice:
+            starts = np.concatenate([starts, base])
+    offsets = np.floor(np.arange(clip_len) * interval + 1e-6)
+    frames = starts[:, None] + offsets
+    if short == "repeat":
+        inside = frames < num_frames
+        frames = np.where(inside, frames, (frames * inside).max(1, keepdims=True))
+    else:
+        frames = np.mod(frames, num_frames)
+    return frames.astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """Test clips in the middle of equal parts of the video (`sample_frames`), concatenated per view. A `Planner`.
+
+    A view of T frames gives T * clips frames, or T * 2 * clips with ``twice``; a video too short for the second set
+    repeats its first. Nothing is drawn.
+    """
+
+    views: tuple[View, ...]
+    clips: int = 1
+    twice: bool = False
+    short: Short = "loop"
+
+    def __call__(self, record: VideoRecord, rng: Draws, draw: int) -> Drawn:
+        """See `Planner`."""
+        spans = []
+        for view in self.views:
+            frames = sample_frames(
+                record.num_frames, view.num_frames, view.step(record), self.clips, twice=self.twice, short=self.short
+            )
+            if self.twice and len(frames) == self.clips:
+                frames = np.concatenate([frames, frames])
+            numbers = within(frames.reshape(-1), record.num_frames, "repeat")
+            spans.append(Span(view=view.name, frames=numbers, start_s=float(numbers[0] / record.fps)))
+        return Drawn(tuple(spans))
+
+    def usable(self, index: ShardIndex) -> np.ndarray:
+        """Records with frames."""
+        return index.column("num_frames") > 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Windows:
+    """One window of sound per view, evenly spread over the record; a single one comes from the middle. A `Planner`."""
+
+    views: tuple[View, ...]
+
+    def __call__(self, record: VideoRecord, rng: Draws, draw: int) -> Drawn:
+        """See `Planner`."""
+        length_s = record.num_samples / record.audio_hz
+        last = len(self.views) - 1
+        spans = []
+        for number, view in enumerate(self.views):
+            room_s = max(length_s - view.duration_s, 0.0)
+            spans.append(audio_span(view, record, room_s * number / last if last else room_s / 2))
+        return Drawn(tuple(spans))
+
+    def usable(self, index: ShardIndex) -> np.ndarray:
+        """Records with sound."""
+        return index.column("num_samples") > 0
+
+
+# --- crops --------------------------------------------------------------------------------------------------
+
+
+def _cut(x: int, y: int, size: int) -> Box:
+    return x, y, x + size, y + size
+
+
+def center_crop(height: int, width: int, size: int) -> list[Box]:
+    """The centre box (x1, y1, x2, y2) of a frame, coordinates rounded down.
+
+    >>> center_crop(256, 341, 256)
+    [(42, 0, 298, 256)]
+    """
+    return [_cut((width - size) // 2, (height - size) // 2, size)]
+
+
+def three_crop(height: int, width: int, size: int) -> list[Box]:
+    """Boxes at both ends of the long side and in its middle; ``size`` must be the short side.
+
+    >>> three_crop(256, 340, 256)
+    [(0, 0, 256, 256), (84, 0, 340, 256), (42, 0, 298, 256)]
+    """
+    if size != min(height, width):
+        raise ValueError(f"three crops need crops as large as the short side of {width}x{height}, got {size}")
+    step = (max(height, width) - size) // 2
+    places = (0, 2 * step, step)
+    return [_cut(place, 0, size) if size == height else _cut(0, place, size) for place in places]
+
+
+def ten_crop(height: int, width: int, size: int) -> list[Box]:
+    """Boxes of the four corners and the centre, each twice: as it is and to be mirrored.
+
+    Steps are rounded down to quarters of the room, so the right and lower crops may end up to 3 pixels early.
+
+    >>> ten_crop(256, 455, 256)[2]
+    (196, 0, 452, 256)
+    """
+    across, down = (width - size) // 4, (height - size) // 4
+    places = ((0, 0), (4, 0), (0, 4), (4, 4), (2, 2))
+    return [_cut(x * across, y * down, size) for x, y in places for _ in range(2)]
+
+
+_CROPS: Mapping[str, Callable[[int, int, int], list[Box]]] = {"three": three_crop, "ten": ten_crop}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedCrop:
+    """One of the boxes of `three_crop` or `ten_crop`, cut from the frame whose short side is resized to ``resize``.
+
+    The long side is rounded to the nearest pixel, as mmaction does. Resizing reads beyond the crop's border.
+    """
+
+    size: int
+    resize: int
+    kind: Literal["three", "ten"]
+    place: int
+
+    def boxes(self, keys: np.ndarray, height: np.ndarray, width: np.ndarray) -> Boxes:
+        """Boxes for N frames; nothing is drawn."""
+        box, clamp = [], []
+        for h, w in zip(height.tolist(), width.tolist(), strict=True):
+            new_h, new_w = (int(side * self.resize / min(h, w) + 0.5) for side in (h, w))
+            x, y, *_ = _CROPS[self.kind](new_h, new_w, self.size)[self.place]
+            across, down = w / new_w, h / new_h
+            box.append((x * across, y * down, self.size * across, self.size * down))
+            clamp.append((0, 0, w, h))
+        return Boxes(np.array(box, np.float64), np.array(clamp, np.int64))
+
+
+# --- from options to a plan ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Views:
+    """What is shown of a record. An option left out is taken from what the encoder was made for."""
+
+    clips: int = 4
+    """Clips (or windows of sound) per record, evenly spread over its time."""
+    spacing: Literal["uniform", "middle"] = "uniform"
+    """uniform: the first clip begins with the video, the last ends with it. middle: one in the middle of each part."""
+    crops: Literal["centre", "three", "ten"] = "centre"
+    """Crops per clip: centre; both ends and the middle; four corners and centre with their mirror images."""
+    frames: int | None = None
+    """Frames per clip."""
+    stride: int | None = None
+    """Source frames between two frames of a clip."""
+    fps: float | None = None
+    """Frames per second of a clip, instead of a stride."""
+    size: int | None = None
+    """Side of the input in pixels."""
+    resize: int | None = None
+    """Short side in pixels before cropping; default: size / 0.875, or size where three crops are taken."""
+    short: Literal["loop", "repeat"] = "loop"
+    """Videos shorter than a clip start again, or hold their last frame."""
+    duration_s: float | None = None
+    """Seconds of sound per window, for audio encoders."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalPlan:
+    """How records become inputs.
+
+    planner: for the loader. modality: ``video`` or ``audio``. clips, crops: inputs per record are clips * crops, clip
+    by clip. A video view of the planner holds the clips of one crop; an audio view is one window.
+    """
+
+    planner: Planner
+    modality: Literal["video", "audio"]
+    clips: int
+    crops: int
+
+    @property
+    def num_views(self) -> int:
+        """Inputs per record."""
+        return self.clips * self.crops
+
+
+def eval_views(spec: InputSpec, options: Views, audio_view: View | None = None) -> EvalPlan:
+    """The plan of an encoder's test views. audio_view: how its sound was prepared in training, if that is known."""
+    if options.clips < 1:
+        raise ValueError(f"clips must be at least 1, got {options.clips}")
+    if spec.modality == "audio":
+        window = plain_audio_view(spec, audio_view, options.duration_s)
+        views = tuple(_renamed(window, f"window{number}") for number in range(options.clips))
+        return EvalPlan(planner=Windows(views=views), modality="audio", clips=options.clips, crops=1)
+    views = tuple(
+        View(name=f"crop{number}", **clip_shape(spec, options), augment=augment)
+        for number, augment in enumerate(_crop_specs(spec, options))
+    )
+    planner: Planner = Uniform(views=views, clips=options.clips, short=options.short)
+    if options.spacing == "middle":
+        planner = Spread(views=views, clips=options.clips, short=options.short)
+    return EvalPlan(planner=planner, modality="video", clips=options.clips, crops=len(views))
+
+
+def clip_shape(spec: InputSpec, options: Views) -> dict[str, Any]:
+    """num_frames, stride and fps of a video view."""
+    stride = options.stride or (1 if options.fps else spec.stride)
+    return {"num_frames": options.frames or spec.num_frames, "stride": stride, "fps": options.fps}
+
+
+def normalize(spec: InputSpec) -> Normalize:
+    """The normalisation an encoder expects."""
+    if len(spec.mean) != 3 or len(spec.std) != 3:
+        raise ValueError(f"a video encoder needs mean and std of 3 channels, got {spec.mean} and {spec.std}")
+    return Normalize(mean=cast(Any, spec.mean), std=cast(Any, spec.std))
+
+
+def _crop_specs(spec: InputSpec, options: Views) -> list[VideoSpec]:
+    size = options.size or spec.size
+    resize = options.resize or (size if options.crops == "three" else round(size / 0.875))
+    if options.crops == "three" and resize != size:
+        raise ValueError(f"three crops need resize = size, got {resize} and {size}; leave --resize out")
+    if resize < size:
+        raise ValueError(f"cannot cut {size} pixels from a short side of {resize}; use a larger --resize")
+    if options.crops == "centre":
+        return [VideoSpec(size=size, crop=CenterCrop(size=size, resize=resize), ops=(normalize(spec),))]
+    specs = []
+    for place in range(3 if options.crops == "three" else 10):
+        crop = cast(Crop, PlacedCrop(size=size, resize=resize, kind=options.crops, place=place))
+        mirrored = options.crops == "ten" and place % 2 == 1
+        ops: tuple[Op, ...] = (Flip(p=1.0), normalize(spec)) if mirrored else (normalize(spec),)
+        specs.append(VideoSpec(size=size, crop=crop, ops=ops))
+    return specs
+
+
+# --- sound --------------------------------------------------------------------------------------------------
+
+
+def plain_audio_view(spec: InputSpec, stored: View | None = None, duration_s: float | None = None) -> View:
+    """The window of sound an audio encoder is shown, without random operators.
+
+    stored: the view it was trained on. Without one it is a `LogMel` with the bands (``spec.size``), normalisation and
+    length (``spec.num_frames`` columns) that the encoder was made for.
+    """
+    if stored is not None:
+        sound, length_s = stored.augment, stored.duration_s
+        assert isinstance(sound, AudioSpec)
+    else:
+        mel = LogMel(mels=spec.size, mean=spec.mean[0], std=spec.std[0])
+        sound = AudioSpec(hz=mel.hz, logmel=mel)
+        length_s = (spec.num_frames - 1) * mel.hop / mel.hz or AUDIO_DURATION_S
+    plain = AudioSpec(hz=sound.hz, logmel=sound.logmel)
+    return View(name="window", modality="audio", duration_s=duration_s or length_s, augment=plain)
+
+
+def _renamed(view: View, name: str) -> View:
+    return View(name=name, modality="audio", duration_s=view.duration_s, augment=view.augment)
+
+
+def audio_view_to_json(view: View) -> dict[str, Any]:
+    """What has to be stored with an audio encoder so that its sound is prepared the same way later."""
+    spec = view.augment
+    if not isinstance(spec, AudioSpec):
+        raise ValueError(f"view {view.name!r} is not an audio view")
+    mel = asdict(spec.logmel) if spec.logmel is not None else None
+    return {"duration_s": view.duration_s, "hz": spec.hz, "logmel": mel}
+
+
+def audio_view_from_json(data: Mapping[str, Any]) -> View:
+    """The inverse of `audio_view_to_json`, without random operators."""
+    mel = LogMel(**data["logmel"]) if data["logmel"] is not None else None
+    spec = AudioSpec(hz=data["hz"], logmel=mel)
+    return View(name="window", modality="audio", duration_s=data["duration_s"], augment=spec)
