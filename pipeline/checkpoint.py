@@ -39,13 +39,15 @@ _PICKS = "picks"
 class TrainState:
     """Where a run stands.
 
-    step: optimiser steps done. cursor: the loader's next position. sums: of the open log interval, by name. picks:
-    explicit record numbers of the running epoch, if a method set them. scaler: state of the fp16 loss scaler.
+    step: optimiser steps done. cursor: the loader's next position. sums: of the open log interval, by name. notes:
+    numbers of the running epoch that no row holds yet. picks: explicit record numbers of the running epoch, if a
+    method set them. scaler: state of the fp16 loss scaler.
     """
 
     step: int
     cursor: Cursor
     sums: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, float] = field(default_factory=dict)
     picks: np.ndarray | None = None
     scaler: dict[str, Any] = field(default_factory=dict)
 
@@ -61,23 +63,11 @@ def save(run: Path, state: TrainState, method: nn.Module, optimizer: torch.optim
     partial = parent / f"partial-{state.step:08d}"
     _remove_leftovers(parent)
     partial.mkdir(parents=True)
-    values, tensors = _optimizer_state(optimizer)
-    if state.picks is not None:
-        tensors[_PICKS] = torch.from_numpy(np.ascontiguousarray(state.picks))
-    safetensors.torch.save_file(_storable(method.state_dict()), partial / MODEL_FILE)
-    safetensors.torch.save_file(tensors, partial / OPTIMIZER_FILE)
-    body = {
-        "schema_version": SCHEMA_VERSION,
-        "step": state.step,
-        "cursor": asdict(state.cursor),
-        "sums": state.sums,
-        "scaler": state.scaler,
-        "optimizer": values,
-        "bytes": {name: (partial / name).stat().st_size for name in (MODEL_FILE, OPTIMIZER_FILE)},
-    }
-    (partial / STATE_FILE).write_text(json.dumps(body, indent=2) + "\n")
-    for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, "."):
-        _flush(partial / name)
+    try:
+        _write(partial, state, method, optimizer)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
     if final.exists():
         _delete(final)
     partial.rename(final)
@@ -85,6 +75,27 @@ def save(run: Path, state: TrainState, method: nn.Module, optimizer: torch.optim
     for old in complete(run)[:-keep]:
         _delete(old)
     return final
+
+
+def _write(folder: Path, state: TrainState, method: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    values, tensors = _optimizer_state(optimizer)
+    if state.picks is not None:
+        tensors[_PICKS] = torch.from_numpy(np.ascontiguousarray(state.picks))
+    safetensors.torch.save_file(_storable(method.state_dict()), folder / MODEL_FILE)
+    safetensors.torch.save_file(tensors, folder / OPTIMIZER_FILE)
+    body = {
+        "schema_version": SCHEMA_VERSION,
+        "step": state.step,
+        "cursor": asdict(state.cursor),
+        "sums": state.sums,
+        "notes": state.notes,
+        "scaler": state.scaler,
+        "optimizer": values,
+        "bytes": {name: (folder / name).stat().st_size for name in (MODEL_FILE, OPTIMIZER_FILE)},
+    }
+    (folder / STATE_FILE).write_text(json.dumps(body, indent=2) + "\n")
+    for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, "."):
+        _flush(folder / name)
 
 
 def complete(run: Path) -> list[Path]:
@@ -110,7 +121,9 @@ def restore(path: Path, method: nn.Module, optimizer: torch.optim.Optimizer | No
         method.load_state_dict(weights)
     except RuntimeError as error:
         first = next((line.strip() for line in str(error).splitlines()[1:] if line.strip()), str(error))
-        raise ValueError(f"{path}: the checkpoint is of another model ({first}); use the options of that run") from error
+        raise ValueError(
+            f"{path}: the checkpoint is of another model ({first}); use the options of that run"
+        ) from error
     tensors = safetensors.torch.load_file(path / OPTIMIZER_FILE)
     picks = tensors.pop(_PICKS, None)
     if optimizer is not None:
@@ -119,6 +132,7 @@ def restore(path: Path, method: nn.Module, optimizer: torch.optim.Optimizer | No
         step=body["step"],
         cursor=Cursor(**body["cursor"]),
         sums=body["sums"],
+        notes=body["notes"],
         picks=None if picks is None else picks.numpy(),
         scaler=body["scaler"],
     )
@@ -179,9 +193,10 @@ def _grow_buffers(method: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def _check_finite(method: nn.Module, step: int) -> None:
-    params = [param for param in method.parameters() if param.is_floating_point() and param.numel()]
-    if params and not torch.isfinite(torch.stack([norm.float() for norm in torch._foreach_norm(params)]).sum()):
-        name = next(name for name, param in method.named_parameters() if not torch.isfinite(param).all())
+    norms = [torch.linalg.vector_norm(param) for param in method.parameters()]
+    if norms and not torch.isfinite(torch.stack([norm.float() for norm in norms])).all():
+        broken = (name for name, param in method.named_parameters() if not torch.isfinite(param).all())
+        name = next(broken, "the method")
         raise ValueError(f"step {step}: weights of {name} are not finite; lower --lr or set --clip-grad-norm")
 
 

@@ -1,7 +1,7 @@
 """The run's log: log.jsonl, log.csv and TensorBoard, one row per interval, written by the main process alone.
 
 Every row is handed to the operating system at once, so a killed process keeps its rows; a resumed run first drops
-the rows that come after the checkpoint it starts from.
+the rows that come after the checkpoint it starts from. `Meter` and `Clock` make the numbers of a row.
 """
 
 from __future__ import annotations
@@ -10,13 +10,21 @@ import csv
 import io
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from clipmill.pipeline import dist
+from clipmill.pipeline.loader import Loader
+
 LOG_JSONL = "log.jsonl"
 LOG_CSV = "log.csv"
 TENSORBOARD = "tensorboard"
+_COUNT = "count"
 
 
 class RunLog:
@@ -26,10 +34,9 @@ class RunLog:
     active: False makes every call do nothing (all processes but the main one).
     """
 
-    def __init__(
-        self, folder: Path, *, resume_step: int = 0, tensorboard: bool = True, active: bool = True
-    ) -> None:
+    def __init__(self, folder: Path, *, resume_step: int = 0, tensorboard: bool = True, active: bool = True) -> None:
         self._active = active
+        self._folder = folder
         if not active:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +48,6 @@ class RunLog:
         self._jsonl = path.open("a")
         self._rewrite_csv(rows)
         self._csv = self._csv_path.open("a", newline="")
-        self._rows = rows
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -56,13 +62,12 @@ class RunLog:
         row = {name: _plain(value) for name, value in values.items()}
         self._jsonl.write(json.dumps(row) + "\n")
         self._jsonl.flush()
-        self._rows.append(row)
         if set(row) <= set(self._columns):
             csv.DictWriter(self._csv, self._columns).writerow(row)
             self._csv.flush()
         else:  # a new column: the table is written again
             self._csv.close()
-            self._rewrite_csv(self._rows)
+            self._rewrite_csv(read_log(self._folder))
             self._csv = self._csv_path.open("a", newline="")
         if self._board is not None:
             for name, value in row.items():
@@ -121,3 +126,87 @@ def _plain(value: float) -> float | int | None:
 
 def _board_name(name: str) -> str:
     return f"seconds/{name}" if name.endswith("_s") and not name.endswith("per_s") else f"train/{name}"
+
+
+# --- the numbers of a row -----------------------------------------------------------------------------------
+
+
+class Meter:
+    """Means over the steps of an interval, summed on the device in float64.
+
+    sums: of an interval that a checkpoint cut, so that a resumed run logs the same numbers.
+    """
+
+    def __init__(self, sums: Mapping[str, float], device: torch.device) -> None:
+        self._device = device
+        self._sums = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in sums.items()}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add one set of scalars."""
+        for name, value in {**values, _COUNT: torch.ones(())}.items():
+            value = value.detach().to(self._device, torch.float64)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def reduced(self) -> dict[str, float]:
+        """The sums, averaged over all processes (a collective)."""
+        if not self._sums:
+            return {}
+        packed = dist.sum_(torch.stack(list(self._sums.values()))) / dist.world()
+        return dict(zip(self._sums, packed.tolist(), strict=True))
+
+    def mean(self) -> dict[str, float]:
+        """Means over the interval and all processes; begins a new interval (a collective)."""
+        sums = self.reduced()
+        count = sums.pop(_COUNT)
+        self._sums = {}
+        return {name: value / count for name, value in sums.items()}
+
+
+class Clock:
+    """Throughput, and seconds per stage since the last lap.
+
+    plan_s, read_s, decode_s and copy_s are thread time of this process's decode threads (they can exceed the
+    interval, and are 0 where the work happened before it); wait_s (for a batch), augment_s and step_s (all else) are
+    the loop's own time and add up to it. batch_size: samples of an optimiser step over all processes.
+    """
+
+    def __init__(self, source: Loader, batch_size: int) -> None:
+        self._source, self._batch_size = source, batch_size
+        self._steps = 0
+        self._before = self._read()
+        self._step_s = 0.0
+
+    def tick(self) -> None:
+        """Count one step."""
+        self._steps += 1
+
+    def leave_out(self, seconds: float) -> None:
+        """Time of this interval that was not training."""
+        self._before["wall_s"] += seconds
+
+    def lap(self) -> dict[str, float]:
+        """clips_per_s, wait_share and the seconds of the interval; begins a new one."""
+        now = self._read()
+        spent = {name: now[name] - self._before[name] for name in now}
+        wall_s = max(spent.pop("wall_s"), 1e-9)
+        clips_per_s = self._steps * self._batch_size / wall_s
+        self._step_s = wall_s / max(self._steps, 1)
+        self._before, self._steps = now, 0
+        spent["step_s"] = max(wall_s - spent["wait_s"] - spent["augment_s"], 0.0)
+        return {"clips_per_s": clips_per_s, "wait_share": min(spent["wait_s"] / wall_s, 1.0), **spent}
+
+    def left_s(self, steps: int) -> float:
+        """Seconds that ``steps`` more will take at the rate of the last lap."""
+        return steps * self._step_s
+
+    def _read(self) -> dict[str, float]:
+        source, stages = self._source, self._source.stages
+        return {
+            "plan_s": stages.plan_s,
+            "read_s": stages.read_s,
+            "decode_s": stages.decode_s,
+            "copy_s": stages.copy_s,
+            "augment_s": source.augment_s,
+            "wait_s": source.wait_s,
+            "wall_s": time.perf_counter(),
+        }
