@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -23,7 +24,8 @@ import pyarrow as pa
 SCHEMA_VERSION = 1
 INDEX_FILE = "index.arrow"
 AUDIO_BLOCK = 16384  # samples covered by one checksum of the audio track
-_ROWS_PER_BATCH = 1 << 18
+_ROWS_PER_BATCH = 1 << 16
+_SHARD_NAME = re.compile(r"[\w\-][\w.\-]*")  # a path in an index could lead anywhere
 
 _LIST_U32 = pa.large_list(pa.uint32())
 _FIELDS: list[tuple[str, pa.DataType]] = [
@@ -54,6 +56,9 @@ _FIELDS: list[tuple[str, pa.DataType]] = [
 ]
 SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in _FIELDS])
 _LISTS = tuple(name for name, kind in _FIELDS if kind == _LIST_U32)
+_TEXTS = tuple(name for name, kind in _FIELDS if not pa.types.is_integer(kind) and kind != _LIST_U32)
+_PLAIN = tuple(name for name, kind in _FIELDS if pa.types.is_integer(kind) and name not in
+               ("shard", "codec", "fps_num", "fps_den", "silent", "salvaged"))  # fmt: skip
 
 
 class IndexFormatError(ValueError):
@@ -89,8 +94,22 @@ class CodecConfig:
         return CodecConfig(**{**data, "extradata": base64.b64decode(data["extradata"])})
 
 
+class _LazyText:
+    """Reads the texts of a record from the index when they are first asked for; few of its users ask."""
+
+    __slots__ = ("_place",)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _TEXTS:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        batch, row = self._place
+        value = batch.texts[name][row].as_py()
+        object.__setattr__(self, name, value)
+        return value
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VideoRecord:
+class VideoRecord(_LazyText):
     """One packed video, image or sound.
 
     index: row number. uid: stable sample number. key: name in the corpus. shard: path of the tar. codec: decoder
@@ -148,7 +167,7 @@ class _Batch:
         self.num_rows = batch.num_rows
         self.fixed: dict[str, np.ndarray] = {}
         self.lists: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        self.strings: dict[str, pa.Array] = {}
+        self.texts: dict[str, pa.Array] = {}
         for name, kind in _FIELDS:
             column = batch.column(name)
             if name in _LISTS:
@@ -160,11 +179,7 @@ class _Batch:
             elif pa.types.is_integer(kind):
                 self.fixed[name] = column.to_numpy(zero_copy_only=True)
             else:
-                self.strings[name] = column
-
-    def list_at(self, name: str, row: int) -> np.ndarray:
-        offsets, values = self.lists[name]
-        return values[offsets[row] : offsets[row + 1]]
+                self.texts[name] = column
 
 
 class ShardIndex:
@@ -192,6 +207,9 @@ class ShardIndex:
                 raise IndexFormatError(f"{path}: columns differ from schema version {SCHEMA_VERSION}; pack again")
             self._batches = [_Batch(reader.get_batch(i)) for i in range(reader.num_record_batches)]
             self._shards: list[str] = json.loads(meta["clipmill.shards"])
+            if strangers := [name for name in self._shards if not _SHARD_NAME.fullmatch(name)]:
+                raise IndexFormatError(f"{path}: {strangers[0]!r} is no name of a shard in its folder; pack again")
+            self._paths = [str(root / name) for name in self._shards]
             self._codecs = [CodecConfig.from_json(item) for item in json.loads(meta["clipmill.codecs"])]
             self.classes: list[str] = json.loads(meta["clipmill.classes"])
         except (pa.ArrowException, KeyError, json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
@@ -234,25 +252,24 @@ class ShardIndex:
 
     def __getitem__(self, index: int) -> VideoRecord:
         batch, row = self._locate(index)
-        fixed = {name: int(column[row]) for name, column in batch.fixed.items()}
-        lists = {name: batch.list_at(name, row) for name in _LISTS}
-        shard, codec = fixed.pop("shard"), fixed.pop("codec")
+        fixed = batch.fixed
+        shard, codec = fixed["shard"].item(row), fixed["codec"].item(row)
         if shard >= len(self._shards) or codec >= len(self._codecs):
             raise IndexFormatError(f"{self.root / INDEX_FILE}: record {index} names shard {shard}, codec {codec}")
-        fps = _fraction(fixed.pop("fps_num"), fixed.pop("fps_den"))
-        silent, salvaged = bool(fixed.pop("silent")), bool(fixed.pop("salvaged"))
-        strings = {name: column[row].as_py() for name, column in batch.strings.items()}
-        return VideoRecord(
-            index=index,
-            shard=str(self.root / self._shards[shard]),
-            codec=self._codecs[codec],
-            fps=fps,
-            silent=silent,
-            salvaged=salvaged,
-            **fixed,
-            **lists,
-            **strings,
-        )
+        record = object.__new__(VideoRecord)  # without the texts, and in a third of the time of the constructor
+        put = object.__setattr__
+        put(record, "_place", (batch, row))
+        put(record, "index", index)
+        put(record, "shard", self._paths[shard])
+        put(record, "codec", self._codecs[codec])
+        put(record, "fps", _fraction(fixed["fps_num"].item(row), fixed["fps_den"].item(row)))
+        put(record, "silent", fixed["silent"].item(row) != 0)
+        put(record, "salvaged", fixed["salvaged"].item(row) != 0)
+        for name in _PLAIN:
+            put(record, name, fixed[name].item(row))
+        for name, (offsets, values) in batch.lists.items():
+            put(record, name, values[offsets.item(row) : offsets.item(row + 1)])
+        return record
 
     def __iter__(self) -> Iterator[VideoRecord]:
         return (self[i] for i in range(len(self)))
@@ -266,7 +283,7 @@ class ShardIndex:
             elif name in batch.lists:
                 parts.append(np.diff(batch.lists[name][0]))
             else:
-                parts.append(batch.strings[name].to_numpy(zero_copy_only=False))
+                parts.append(batch.texts[name].to_numpy(zero_copy_only=False))
         if not parts:
             return np.empty(0, np.int64)
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -296,6 +313,19 @@ def index_digest(records: Iterable[VideoRecord]) -> str:
     return state.hexdigest()
 
 
+def _schema_with(
+    shards: Sequence[str], codecs: Sequence[CodecConfig], classes: Sequence[str], digest: str
+) -> pa.Schema:
+    meta = {
+        "clipmill.schema_version": str(SCHEMA_VERSION),
+        "clipmill.shards": json.dumps(list(shards)),
+        "clipmill.codecs": json.dumps([codec.to_json() for codec in codecs]),
+        "clipmill.classes": json.dumps(list(classes)),
+        "clipmill.digest": digest,
+    }
+    return SCHEMA.with_metadata(meta)
+
+
 def write_index(path: Path, records: Sequence[VideoRecord], shards: Sequence[str], classes: Sequence[str]) -> str:
     """Write records to one Arrow IPC file and return its digest.
 
@@ -306,20 +336,54 @@ def write_index(path: Path, records: Sequence[VideoRecord], shards: Sequence[str
     codec_number = {codec: i for i, codec in enumerate(codecs)}
     shard_number = {name: i for i, name in enumerate(shards)}
     digest = index_digest(records)
-    meta = {
-        "clipmill.schema_version": str(SCHEMA_VERSION),
-        "clipmill.shards": json.dumps(list(shards)),
-        "clipmill.codecs": json.dumps([codec.to_json() for codec in codecs]),
-        "clipmill.classes": json.dumps(list(classes)),
-        "clipmill.digest": digest,
-    }
-    schema = SCHEMA.with_metadata(meta)
+    schema = _schema_with(shards, codecs, classes, digest)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for start in range(0, len(records), _ROWS_PER_BATCH):
             rows = records[start : start + _ROWS_PER_BATCH]
             columns = [_column(name, kind, rows, shard_number, codec_number) for name, kind in _FIELDS]
             writer.write_batch(pa.record_batch(columns, schema=schema))
     return digest
+
+
+def merge_indexes(path: Path, parts: Sequence[Path]) -> tuple[str, int]:
+    """Join the indexes of several folders into one file, in order; returns its digest and number of records.
+
+    parts: folders as for `ShardIndex.open`, each of which may name shards of its own; all have the same classes. The
+    result is what `write_index` would have written for all records, but it never holds more than one batch of them.
+    """
+    indexes = [ShardIndex.open(part) for part in parts]
+    shards = list(dict.fromkeys(name for index in indexes for name in index._shards))
+    codecs = list(dict.fromkeys(codec for index in indexes for codec in index._codecs))
+    digest = index_digest(record for index in indexes for record in index)
+    classes = indexes[0].classes if indexes else []
+    schema = _schema_with(shards, codecs, classes, digest)
+    waiting: list[pa.RecordBatch] = []
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for index in indexes:
+            shard_of = np.array([shards.index(name) for name in index._shards], np.uint32)
+            codec_of = np.array([codecs.index(codec) for codec in index._codecs], np.uint32)
+            with pa.memory_map(str(index.root / INDEX_FILE)) as file:
+                reader = pa.ipc.open_file(file)
+                for number in range(reader.num_record_batches):
+                    batch = reader.get_batch(number)
+                    for name, new in (("shard", shard_of), ("codec", codec_of)):
+                        place = batch.schema.get_field_index(name)
+                        column = pa.array(new[batch.column(name).to_numpy()])
+                        batch = batch.set_column(place, SCHEMA.field(name), column)
+                    waiting.append(batch)
+            while sum(batch.num_rows for batch in waiting) >= _ROWS_PER_BATCH:
+                waiting = _write_rows(writer, schema, waiting, _ROWS_PER_BATCH)
+        if waiting:
+            _write_rows(writer, schema, waiting, _ROWS_PER_BATCH)
+    return digest, sum(len(index) for index in indexes)
+
+
+def _write_rows(writer: Any, schema: pa.Schema, waiting: list[pa.RecordBatch], count: int) -> list[pa.RecordBatch]:
+    """Write the first ``count`` rows as one batch and return the rest."""
+    table = pa.Table.from_batches([batch.replace_schema_metadata(None) for batch in waiting], SCHEMA)
+    for batch in table.slice(0, count).combine_chunks().to_batches():
+        writer.write_batch(pa.record_batch(batch.columns, schema=schema))
+    return table.slice(count).to_batches()
 
 
 def _column(name: str, kind: pa.DataType, rows: Sequence[VideoRecord], shards: dict, codecs: dict) -> pa.Array:

@@ -6,6 +6,7 @@ Anyone can read a shard with any tar reader; clipmill reads byte ranges and chec
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -16,6 +17,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -45,13 +47,18 @@ class ShardWriter:
 
     def add(self, name: str, payload: bytes) -> int:
         """Append a member and return the byte offset of its payload in the shard."""
-        if not _MEMBER_NAME.fullmatch(name):
-            raise ValueError(f"member name {name!r} must be plain letters, digits, '-' and '_' with an extension")
-        info = tarfile.TarInfo(name)
-        info.size = len(payload)
-        info.mode = 0o644
-        self._tar.addfile(info, io.BytesIO(payload))
-        return self._tar.offset - -(-len(payload) // _TAR_BLOCK) * _TAR_BLOCK
+        info = _member(name, len(payload))
+        return self._append(info, io.BytesIO(payload))
+
+    def add_file(self, name: str, path: Path) -> int:
+        """As `add`, with the bytes of a file that need not fit into memory."""
+        info = _member(name, path.stat().st_size)
+        with path.open("rb") as file:
+            return self._append(info, file)
+
+    def _append(self, info: tarfile.TarInfo, file: IO[bytes]) -> int:
+        self._tar.addfile(info, file)
+        return self._tar.offset - -(-info.size // _TAR_BLOCK) * _TAR_BLOCK
 
     def close(self) -> None:
         """Finish the tar, flush it to the disk and give it its final name."""
@@ -65,11 +72,22 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: object, *rest: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._file.close()
+        try:
+            if kind is None:
+                self.close()
+        finally:  # after `close` there is nothing of this left
+            with contextlib.suppress(OSError):  # what it still buffers may not fit on the disk
+                self._file.close()
             self._partial.unlink(missing_ok=True)
+
+
+def _member(name: str, size: int) -> tarfile.TarInfo:
+    if not _MEMBER_NAME.fullmatch(name):
+        raise ValueError(f"member name {name!r} must be plain letters, digits, '-' and '_' with an extension")
+    info = tarfile.TarInfo(name)
+    info.size = size
+    info.mode = 0o644
+    return info
 
 
 class ShardReader:
@@ -82,9 +100,9 @@ class ShardReader:
 
     def read(self, shard: str, offset: int, size: int) -> bytes:
         """Exactly ``size`` bytes at ``offset``; ShardError if the file is missing or ends before."""
-        data = os.pread(self._open(shard), size, offset)
+        data = os.pread(self.descriptor(shard), size, offset)
         while 0 < len(data) < size:  # the kernel may return less than asked
-            more = os.pread(self._open(shard), size - len(data), offset + len(data))
+            more = os.pread(self.descriptor(shard), size - len(data), offset + len(data))
             if not more:
                 break
             data += more
@@ -130,7 +148,8 @@ class ShardReader:
                 while files:
                     os.close(files.popitem()[1])
 
-    def _open(self, shard: str) -> int:
+    def descriptor(self, shard: str) -> int:
+        """The open file of a shard, for reading by this thread and no other; ShardError if it cannot be opened."""
         files: OrderedDict[str, int] | None = getattr(self._local, "files", None)
         if files is None:  # a cache per thread: nobody else can close a file that is being read
             files = self._local.files = OrderedDict()

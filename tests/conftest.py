@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import socket
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from fractions import Fraction
@@ -18,6 +21,11 @@ from clipmill.pipeline.record import CodecConfig, ShardIndex, VideoRecord, uid_o
 from clipmill.pipeline.shard import ShardWriter, audio_crcs
 
 AUDIO_HZ = 16000
+
+
+def pytest_configure() -> None:
+    """One thread per operation, here and in subprocesses: layers of test size only lose by more (up to 40 times)."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported, which is later
 
 
 @pytest.fixture(scope="session")
@@ -131,3 +139,37 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
 def frame_level() -> Callable[[int, int], int]:
     """`luma_of`: the luma level of frame t of record r."""
     return luma_of
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable[..., None]:
+    """run_ranks(script, world, *arguments): run a Python file as ``world`` processes of one group, as torchrun would.
+
+    The script's own exit codes decide; the first that is not 0 stops the others and fails the test with its output.
+    """
+
+    def run(script: str | Path, world: int, *arguments: object, timeout_s: float = 120.0) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        shared |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(script), *map(str, arguments)],
+                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(world)
+        ]
+        try:
+            outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
+            assert process.returncode == 0, f"rank {rank} ended with {process.returncode}:\n{output}"
+
+    return run

@@ -1,0 +1,248 @@
+"""The first pass over a source: packets on one clock, and what they tell about the video without decoding it."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.stream import Stream
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from clipmill.pipeline.pack.probe import Media, raise_if_memory
+from clipmill.pipeline.pack.timeline import Clock, Rate, frame_rate
+
+_JOINED = ("mpegts", "mpeg", "mpegvideo", "rm", "ogg")  # formats that are cut and joined at any byte
+_DURATION_KNOWN = ("matroska,webm", "flv", "asf")  # formats whose header says how long the file is
+_REORDER_S = 60  # no frame is stored that long before it is shown
+_BLAMED = 4  # packets before a joint that may be called corrupt without being it
+_REORDER = 16  # frames; no codec shows a frame later after it was stored
+NO_TIME = -(1 << 62)
+
+
+class Walk:
+    """Packets of the chosen streams on one clock. Two walks over the same file see the same times.
+
+    Attributes after the walk: cut (the error the container ended in, or empty), joints (see `Clock`), end_s (latest
+    end of any packet of any stream).
+    """
+
+    def __init__(self, container: InputContainer, streams: Sequence[Stream]) -> None:
+        self._container = container
+        self._chosen = {stream.index for stream in streams}
+        self.cut = ""
+        self.joints = 0
+        self.end_s = Fraction(0)
+
+    def __iter__(self) -> Iterator[Packet]:
+        """Every packet with its times moved onto the clock, and at the end an empty one per stream."""
+        clock = Clock(joined=self._container.format.name in _JOINED)
+        held: dict[int, list[Packet]] = {}
+        doubted: dict[int, Packet] = {}
+        packets = self._container.demux()
+        while True:
+            try:
+                packet = next(packets)
+            except (StopIteration, IndexError):  # PyAV ends so where streams turned up on the way
+                break
+            except av.FFmpegError as error:
+                raise_if_memory(error)
+                self.cut = error.strerror
+                break
+            number = packet.stream_index
+            if not packet.size or packet.stream.type not in ("video", "audio"):
+                continue
+            section = clock.section(number)
+            move_s = clock.move(number, _time_s(packet), (packet.duration or 0) * (packet.time_base or Fraction(0)))
+            before = doubted.pop(number, None)
+            if before is not None:
+                self._set_times(before, move_s if clock.agreed else None)
+            if move_s is None:
+                doubted[number] = packet
+            else:
+                self._set_times(packet, move_s)
+            if number not in self._chosen:
+                continue
+            joint = clock.section(number) != section
+            waiting = [*held.pop(number, []), packet]
+            if joint:  # the container counts its own packets, misses some here, and blames those just before
+                for one in waiting:
+                    one.is_corrupt = False
+            blamed = any(one.is_corrupt for one in waiting) and len(waiting) <= _BLAMED and not joint
+            if move_s is None or blamed:
+                held[number] = waiting
+            else:
+                yield from waiting
+        for number, one in doubted.items():
+            self._set_times(one, clock.settle(number))
+        for waiting in held.values():
+            yield from waiting
+        self.joints = clock.joints
+
+    def _set_times(self, packet: Packet, move_s: Fraction | None) -> None:
+        """Move a packet's times; None = forget them."""
+        time_s, tick = _time_s(packet), packet.time_base
+        if move_s is None or time_s is None or not tick:
+            packet.pts = packet.dts = None
+            return
+        if packet.pts is not None and abs(packet.pts * tick - time_s) > _REORDER_S:
+            packet.pts = None
+        ticks = round(move_s / tick)
+        packet.pts, packet.dts = _moved(packet.pts, ticks), _moved(packet.dts, ticks)
+        self.end_s = max(self.end_s, time_s + move_s + (packet.duration or 0) * tick)
+
+
+def _time_s(packet: Packet) -> Fraction | None:
+    time = packet.dts if packet.dts is not None else packet.pts
+    return None if time is None or not packet.time_base else time * packet.time_base
+
+
+def _moved(time: int | None, ticks: int) -> int | None:
+    return None if time is None or abs(time + ticks) > -NO_TIME else time + ticks
+
+
+class Times(Enum):
+    """Where the time of a frame comes from.
+
+    STAMPS: its presentation timestamp. ORDER: the decode timestamps, in the order in which frames leave the decoder,
+    where most packets have no other; always for AVI, where FFmpeg makes up wrong ones if there are B-frames. COUNT:
+    the number of frames before it, where timestamps are of no use because many frames share one.
+    """
+
+    STAMPS = "timestamps"
+    ORDER = "decode order"
+    COUNT = "counted"
+
+    def of(self, item: Packet | VideoFrame) -> int | None:
+        """The timestamp to go by, of a packet or a frame."""
+        if self is Times.STAMPS:
+            return item.pts
+        return item.dts if self is Times.ORDER else None
+
+
+@dataclass(slots=True)
+class Scan:
+    """What a pass over the packets tells about the video stream, without decoding it.
+
+    rate: from the presentation times. times: how frames get theirs, see `Times`. packets: their number. keyframes:
+    (number, time) of those where decoding can start. first_s: time of the first picture. last_s: duration of the last
+    one. stop_s: where to stop before the end. truncated: the reason, where the file ends before it should.
+    early_last: packets are missing at the end, so a frame that only leaves the decoder there may be shown too early.
+    """
+
+    rate: Rate
+    times: Times
+    packets: int = 0
+    keyframes: list[tuple[int, int]] = field(default_factory=list)
+    first_s: Fraction = Fraction(0)
+    last_s: Fraction = Fraction(0)
+    stop_s: Fraction | None = None
+    truncated: str = ""
+    early_last: bool = False
+
+
+class Scanner:
+    """Collects a `Scan` packet by packet, in little memory."""
+
+    def __init__(self, container: InputContainer, stream: VideoStream) -> None:
+        self._stream = stream
+        self._avi = container.format.name == "avi"
+        self._ticks = {Times.STAMPS: array("q"), Times.ORDER: array("q")}
+        self._keyframes: list[tuple[int, dict[Times, int | None]]] = []
+        self.packets = 0
+        self._shown = 0
+        self._last_ticks = 0
+        self._untimed = 0
+
+    def add(self, packet: Packet) -> None:
+        """Note one packet of the stream."""
+        times = {kind: kind.of(packet) for kind in self._ticks}
+        if packet.is_keyframe:
+            self._keyframes.append((self.packets, times))
+        self.packets += 1
+        if packet.is_discard:
+            return
+        self._shown += 1
+        self._untimed += packet.pts is None and not self._ticks[Times.STAMPS]
+        for kind, time in times.items():
+            if time is not None:
+                self._ticks[kind].append(time)
+        self._last_ticks = packet.duration or self._last_ticks
+
+    def finish(self, media: Media, container: InputContainer, walk: Walk) -> Scan:
+        """The facts, with the reason if the file ends before it should."""
+        stream, tick = self._stream, self._stream.time_base or Fraction(1, 90000)
+        stamped, ordered = (len(ticks) for ticks in self._ticks.values())
+        kind = Times.ORDER if self._avi or (2 * stamped < self._shown <= 2 * ordered) else Times.STAMPS
+        ticks = np.array(self._ticks[kind], np.int64)
+        times = np.unique(ticks)
+        ends_early = walk.cut or self._ends_early(media, container, walk.end_s)
+        whole = len(times)
+        if (np.diff(ticks) < 0).any():
+            whole = _without_holes(times)
+            if ends_early and len(self._ticks[Times.ORDER]):
+                usual = round(1 / (tick * (stream.average_rate or 25)))
+                whole = min(whole, _settled(times, self._ticks[Times.ORDER][-1], usual))
+        rate = frame_rate(times[:whole], tick, [stream.average_rate, stream.base_rate, stream.guessed_rate])
+        keyframes = [(number, NO_TIME if (time := t[kind]) is None else time) for number, t in self._keyframes]
+        scan = Scan(rate, kind, self.packets, keyframes, truncated=ends_early)
+        scan.early_last = bool(ends_early) or (self._avi and self.packets < stream.frames)
+        if len(times):  # Matroska does not give times before 0: count back from the first that is given
+            untimed = self._untimed if kind is Times.STAMPS else 0
+            scan.first_s = int(times[0]) * tick - untimed / rate.fps
+        scan.last_s = self._last_ticks * tick or 1 / rate.fps
+        if len(ticks) - len(times) > max(2, 0.02 * len(times)):
+            scan.times = Times.COUNT
+        elif whole < len(times):
+            scan.stop_s = int(times[whole - 1]) * tick + 1 / rate.fps
+            scan.truncated = ends_early or f"of its last {len(times) - whole + 1} frames some are missing"
+            scan.early_last = True
+        return scan
+
+    def _ends_early(self, media: Media, container: InputContainer, end_s: Fraction) -> str:
+        entries = self._stream.index_entries
+        if "mov" in container.format.name:
+            beyond = sum(entry.pos + entry.size > media.size for entry in entries)
+            return f"{beyond} of {len(entries)} packets lie beyond the end of the file" if beyond else ""
+        if container.format.name == "avi":  # its duration is adapted to the file's size
+            missing = self.packets < 0.95 * self._stream.frames - 1
+            return f"{self.packets} of {self._stream.frames} packets" if missing else ""
+        declared_s = (container.duration or 0) / av.time_base
+        if container.format.name in _DURATION_KNOWN and float(end_s) < 0.95 * declared_s - 0.5:
+            return f"ends at {float(end_s):.2f} s of {declared_s:.2f} s"
+        return ""
+
+
+def _settled(times: np.ndarray, last_decode_time: int, usual: int) -> int:
+    """How many of the first of the (N,) times have none missing between them, in a file that is cut off.
+
+    What would have come is decoded, and so shown, after the last decode time. Frames beyond that count only as long as
+    one follows the other at the ``usual`` distance.
+    """
+    whole = max(int(np.searchsorted(times, last_decode_time, "right")), 1)
+    while whole < len(times) and times[whole] - times[whole - 1] <= 1.5 * usual:
+        whole += 1
+    return whole
+
+
+def _without_holes(times: np.ndarray) -> int:
+    """How many of the (N,) times are left when a stream of evenly spaced frames loses its last ones.
+
+    Frames are stored in another order than they are shown. So a file that is cut off lacks not only the last frames
+    but also some between those that are there, and in their place an earlier frame would be shown.
+    """
+    if len(times) < 2 * _REORDER:
+        return len(times)
+    steps = np.diff(times)
+    body, tail = steps[:-_REORDER], steps[-_REORDER:]
+    holes = np.flatnonzero(tail > 1.5 * np.median(body))
+    if not len(holes) or body.max() - body.min() > max(2, 0.1 * body.max()):
+        return len(times)
+    return len(body) + int(holes[0]) + 1
