@@ -1,4 +1,4 @@
-"""Sound on the device: int16 slices to waveforms, resampling, log-mel spectrograms and their masking."""
+"""Sound on the device: int16 slices to waveforms, resampling, log-mel spectrograms and their augmentation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clipmill.pipeline.draws import fold_array
-from clipmill.pipeline.spec import AudioSpec, LogMel, Mask, Params, Volume
+from clipmill.pipeline.sound_spec import AudioSpec, LogMel, Mask, MelCrop, Params, TimeWarp, Volume
 from clipmill.pipeline.views import View
 
 
@@ -35,6 +35,10 @@ def waveform_to_view(pcm: Tensor, audio_hz: int, view: View, draws: np.ndarray) 
     for op, params in zip(spec.ops, drawn, strict=True):
         if isinstance(op, Mask):
             mel = mask(mel, op, params)
+        elif isinstance(op, TimeWarp):
+            mel = time_warp(mel, op, params)
+        elif isinstance(op, MelCrop):
+            mel = crop_canvas(mel, op.canvas, crop_boxes(mel, op, params))
     return mel[:, None]
 
 
@@ -82,3 +86,68 @@ def mask(mel: Tensor, op: Mask, params: Params) -> Tensor:
     hit = inside.any(1)
     hit = hit[:, :, None] if axis == 1 else hit[:, None, :]
     return torch.where(hit, mel.mean((1, 2), keepdim=True), mel)
+
+
+def time_warp(mel: Tensor, op: TimeWarp, params: Params) -> Tensor:
+    """Stretch the part of (B, mels, frames) before a random frame and the part behind it to other lengths.
+
+    As in SpecAugment's common implementation: with window w the frame c is one of w ... T - w - 1, it moves to one of
+    c - w + 1 ... c + w, and both parts are resized by cubic interpolation. Shorter spectrograms stay as they are.
+    """
+    frames, window = mel.shape[2], op.window
+    if frames - window <= window:
+        return mel
+    out = []
+    for one, unit, move in zip(mel, params["instant"].tolist(), params["shift"].tolist(), strict=True):
+        centre = window + int(unit * (frames - 2 * window))
+        moved = min(max(centre - window + 1 + int(move * 2 * window), 1), frames - 1)
+        pieces = (one[None, None, :, :centre], moved), (one[None, None, :, centre:], frames - moved)
+        parts = [F.interpolate(part, (len(one), length), mode="bicubic") for part, length in pieces]
+        out.append(torch.cat(parts, 3)[0, 0])
+    return torch.stack(out)
+
+
+def crop_boxes(mel: Tensor, op: MelCrop, params: Params) -> np.ndarray:
+    """(B, 4) int64 boxes i, j, h, w on the canvas of (B, mels, frames)."""
+    size = np.array(mel.shape[1:])
+    room = (size * np.array(op.canvas)).astype(np.int64)
+    drawn = np.stack([params["height"], params["width"]], 1)
+    side = np.clip((drawn * size).astype(np.int64), 1, room)
+    corner = (np.stack([params["row"], params["column"]], 1) * (room - side + 1)).astype(np.int64)
+    return np.concatenate([corner, side], 1)
+
+
+def crop_canvas(mel: Tensor, canvas: tuple[float, float], boxes: np.ndarray) -> Tensor:
+    """Cut a box i, j, h, w of each spectrogram's canvas and resize it to (mels, frames), (B, mels, frames).
+
+    The canvas is ``canvas`` times as large and zero where the spectrogram, in its middle, is not. Resizing is
+    bicubic with aligned corners and reads nothing outside the box.
+    """
+    bands, frames = mel.shape[1:]
+    box = torch.from_numpy(boxes).to(mel.device)
+    room = int(bands * canvas[0]), int(frames * canvas[1])
+    down = _cubic_rows(box[:, 0], box[:, 2], bands, (room[0] - bands) // 2, mel)
+    across = _cubic_rows(box[:, 1], box[:, 3], frames, (room[1] - frames) // 2, mel)
+    return down @ mel @ across.transpose(1, 2)
+
+
+def _cubic_rows(start: Tensor, length: Tensor, size: int, before: int, like: Tensor) -> Tensor:
+    """(B, size, size) weights that resample cells [start, start + length) of a canvas to ``size`` cells.
+
+    The canvas has ``before`` zero cells, the ``size`` given ones, and zero cells after them. Cubic with a = -0.75.
+    """
+    cells = torch.arange(size, device=like.device, dtype=torch.float64)
+    place = cells * ((length - 1).double() / max(size - 1, 1))[:, None]
+    first = place.floor()
+    part = (place - first)[..., None]
+    offset = torch.arange(-1, 3, device=like.device)
+    x = (part - offset).abs()
+    near = ((1.25 * x - 2.25) * x) * x + 1.0
+    far = ((-0.75 * x + 3.75) * x - 6.0) * x + 3.0
+    weight = torch.where(x <= 1.0, near, torch.where(x < 2.0, far, torch.zeros_like(x)))
+    tap = (first[..., None].long() + offset).clamp(min=0).minimum((length - 1)[:, None, None])
+    tap = tap + start[:, None, None] - before
+    inside = (tap >= 0) & (tap < size)
+    rows = torch.zeros(len(start), size, size, device=like.device, dtype=torch.float64)
+    rows.scatter_add_(2, tap.clamp(0, size - 1), weight * inside)
+    return rows.to(like.dtype)

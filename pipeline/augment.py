@@ -238,6 +238,7 @@ def hue_shift(x: Tensor, turns: Tensor) -> Tensor:
 _MATHS = {
     "torchvision": (brightness_scale, contrast_gray_mean, saturation_blend, hue_shift),
     "simclr": (brightness_scale, contrast_channel_mean, saturation_hsv, hue_shift),
+    "simclr_v1": (brightness_add, contrast_channel_mean, saturation_hsv, hue_shift),
     "kornia": (brightness_add, brightness_scale, saturation_hsv, hue_shift),
 }
 

@@ -8,23 +8,30 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from clipmill.pipeline.decode.decoder import DecodeError, Decoder, Planes, new_decoder
+from clipmill.pipeline.cache import FrameCache
+from clipmill.pipeline.decode.decoder import DecodeError, Decoder, new_decoder
+from clipmill.pipeline.decode.targets import fill
 from clipmill.pipeline.order import Order
 from clipmill.pipeline.record import ShardIndex, VideoRecord
 from clipmill.pipeline.shard import ShardError, ShardReader
 from clipmill.pipeline.slot import BatchPlan, BatchPlanner, Job, Shape, Slot
 from clipmill.pipeline.views import Planner
 
+_CHUNKS = 4  # per thread and batch
+
 
 @dataclass(slots=True)
 class Stages:
-    """Seconds of thread time per stage, and what was moved. Sums over threads, so they can exceed wall time."""
+    """Seconds of thread time per stage, and what was moved. Sums over threads, so they can exceed wall time.
+
+    clips_cached: clips that were copied from the cache of decoded frames.
+    """
 
     plan_s: float = 0.0
     read_s: float = 0.0
@@ -34,6 +41,7 @@ class Stages:
     frames_used: int = 0
     payload_bytes: int = 0
     clips: int = 0
+    clips_cached: int = 0
 
     def add(self, other: Stages) -> None:
         """Add another set of counters to this one."""
@@ -52,46 +60,68 @@ class Filled:
 class Engine:
     """A pool of decode threads. `submit` returns at once; the future resolves when the slot is complete.
 
-    grow: called with a byte count when a batch needs a larger slot; must return the enlarged one.
+    One more thread plans: the next batch is ready when the threads have finished this one.
     """
 
     def __init__(
-        self, index: ShardIndex, planner: Planner, order: Order, shape: Shape, *, threads: int, decoder: str = "pyav"
+        self,
+        index: ShardIndex,
+        planner: Planner,
+        order: Order,
+        shape: Shape,
+        *,
+        threads: int,
+        decoder: str = "auto",
+        cache: FrameCache | None = None,
     ) -> None:
-        self._planner = BatchPlanner(index, planner, order)
+        self._planner = BatchPlanner(index, planner)
+        self._order = order
         self._shape = shape
         self._views = planner.views
         self._threads = threads
         self._decoder_name = decoder
+        self._cache = cache
         self._reader = ShardReader()
         self._local = threading.local()
+        self._planning = ThreadPoolExecutor(1, thread_name_prefix="clipmill-decode-plan")
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="clipmill-decode")
 
-    def submit(self, job: Job, grow: Callable[[int], Slot]) -> Future[Filled]:
-        """Make batch ``job`` in the slot that ``grow(bytes needed)`` returns."""
-        future: Future[Filled] = Future()
-        self._pool.submit(self._start, _Task(job, grow, future))
-        return future
+    def submit(
+        self,
+        job: Job,
+        grow: Callable[[int], Slot],
+        skips: Mapping[int, int] | None = None,
+        alone: bool = False,
+    ) -> Future[Filled]:
+        """Make batch ``job`` in the slot that ``grow(bytes needed)`` returns.
+
+        skips: see `BatchPlanner.plan`. alone: one row after the other in one thread.
+        """
+        task = _Task(job, self._order, grow, dict(skips or {}), alone)
+        self._planning.submit(self._start, task)
+        return task.future
 
     def set_order(self, order: Order) -> None:
         """Use another order for jobs submitted from now on; call it between epochs."""
-        self._planner.order = order
+        self._order = order
 
     def close(self) -> None:
         """Stop the threads; work that has not begun is dropped."""
+        self._planning.shutdown(wait=True, cancel_futures=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
 
     def _start(self, task: _Task) -> None:
         try:
             start_s = time.perf_counter()
-            plan = self._planner.plan(task.job)
+            plan = self._planner.plan(task.job, task.order, task.skips)
             slot = task.grow(Slot.header_bytes(self._shape) + plan.payload_bytes)
             self._write_tables(plan, slot)
             task.filled.stages.plan_s += time.perf_counter() - start_s
             task.filled.stages.payload_bytes = plan.payload_bytes
-            chunk = max(1, -(-task.job.count // (4 * self._threads)))
-            bounds = [(low, min(low + chunk, task.job.count)) for low in range(0, task.job.count, chunk)]
+            count = task.job.count
+            chunk = count if task.alone else max(1, -(-count // (_CHUNKS * self._threads)))
+            bounds = [(low, min(low + chunk, count)) for low in range(0, count, chunk)]
             task.left = len(bounds)
             for low, high in bounds:
                 self._pool.submit(self._rows, task, plan, slot, low, high)
@@ -103,17 +133,17 @@ class Engine:
         try:
             worker = self._worker()
             for row in range(low, high):
-                record = plan.records[row]
+                slot.flight[row] = 1
                 try:
-                    worker.fill(plan, slot, row, record, stages)
+                    worker.fill(plan, slot, row, stages)
                 except (DecodeError, ShardError) as error:
-                    damaged[record.index] = str(error)
+                    damaged[row] = (plan.records[row].index, str(error))
+                slot.flight[row] = 2
         except BaseException as error:
             task.fail(error)
             return
         if task.done(stages, damaged):
-            if task.retry:  # some records failed: choose their successors and make the batch again
-                self._planner.damaged.update(task.filled.damaged)
+            if task.retry:  # some records failed: take their successors and make the batch again
                 task.retry = False
                 self._start(task)
             else:
@@ -121,6 +151,7 @@ class Engine:
 
     def _write_tables(self, plan: BatchPlan, slot: Slot) -> None:
         count = len(plan.records)
+        slot.flight[:] = 0
         samples = slot.samples[:count]
         for name in ("index", "uid", "label"):
             samples[name] = [getattr(record, name) for record in plan.records]
@@ -135,7 +166,8 @@ class Engine:
     def _worker(self) -> _Worker:
         worker = getattr(self._local, "worker", None)
         if worker is None:
-            worker = _Worker(new_decoder(self._decoder_name, self._reader), self._reader, self._views)
+            decoder = new_decoder(self._decoder_name, self._reader)
+            worker = _Worker(decoder, self._reader, self._views, self._cache)
             self._local.worker = worker
         return worker
 
@@ -143,20 +175,25 @@ class Engine:
 class _Task:
     """One batch in the making."""
 
-    def __init__(self, job: Job, grow: Callable[[int], Slot], future: Future[Filled]) -> None:
+    def __init__(self, job: Job, order: Order, grow: Callable[[int], Slot], skips: dict[int, int], alone: bool) -> None:
         self.job = job
+        self.order = order
         self.grow = grow
-        self.future = future
+        self.skips = skips
+        self.alone = alone
+        self.future: Future[Filled] = Future()
         self.filled = Filled()
         self.left = 0
         self.retry = False
         self._lock = threading.Lock()
 
-    def done(self, stages: Stages, damaged: dict[int, str]) -> bool:
+    def done(self, stages: Stages, damaged: dict[int, tuple[int, str]]) -> bool:
         """Book one finished chunk; True for the last."""
         with self._lock:
             self.filled.stages.add(stages)
-            self.filled.damaged.update(damaged)
+            for row, (record, reason) in damaged.items():
+                self.filled.damaged[record] = reason
+                self.skips[row] = self.skips.get(row, 0) + 1
             self.retry |= bool(damaged)
             self.left -= 1
             return self.left == 0
@@ -171,57 +208,36 @@ class _Task:
 class _Worker:
     """What one decode thread owns."""
 
-    def __init__(self, decoder: Decoder, reader: ShardReader, views: tuple) -> None:
+    def __init__(self, decoder: Decoder, reader: ShardReader, views: tuple, cache: FrameCache | None) -> None:
         self._decoder = decoder
         self._reader = reader
+        self._cache = cache
         self._sound = [(place, view.name) for place, view in enumerate(views) if view.modality == "audio"]
 
-    def fill(self, plan: BatchPlan, slot: Slot, row: int, record: VideoRecord, stages: Stages) -> None:
+    def fill(self, plan: BatchPlan, slot: Slot, row: int, stages: Stages) -> None:
         """Read, decode and copy everything that one sample needs."""
         begin_s = time.perf_counter()
+        record = plan.records[row]
         for place, name in self._sound:
             span = plan.drawn[row].spans[place]
             slot.sound[name][row] = self._reader.samples(record, span.start_sample, span.num_samples)
         sound_s = time.perf_counter() - begin_s
         stages.read_s += sound_s
         stages.clips += 1
-        if not plan.items:
+        targets = plan.targets[row]
+        if not len(targets):
             return
-        sink = _Sink(slot.payload, [table[row] for table in plan.items.values()])
-        decoder = self._decoder
-        read_s, decoded = decoder.read_s, decoder.decoded
-        decoder.decode(record, sorted(sink.targets), sink.put)
-        read_s = decoder.read_s - read_s
+        read_s, decoded = self._decoder.read_s, self._decoder.decoded
+        copy_s = self._fill(record, targets, slot.payload)
+        read_s, decoded = self._decoder.read_s - read_s, self._decoder.decoded - decoded
         stages.read_s += read_s
-        stages.copy_s += sink.copy_s
-        stages.decode_s += time.perf_counter() - begin_s - sound_s - read_s - sink.copy_s
-        stages.frames_decoded += decoder.decoded - decoded
-        stages.frames_used += len(sink.targets)
+        stages.copy_s += copy_s
+        stages.decode_s += time.perf_counter() - begin_s - sound_s - read_s - copy_s
+        stages.frames_decoded += decoded
+        stages.clips_cached += decoded == 0
+        stages.frames_used += 1 + int(np.count_nonzero(np.diff(targets[:, 0])))
 
-
-class _Sink:
-    """Copies regions of decoded frames to their places in the payload."""
-
-    __slots__ = ("copy_s", "targets")
-
-    def __init__(self, payload: np.ndarray, rows: list[np.ndarray]) -> None:
-        self.copy_s = 0.0
-        self.targets: dict[int, list[tuple]] = {}
-        for row in rows:
-            for frame, x, y, w, h, offset in zip(
-                *(row[name].tolist() for name in ("frame", "x", "y", "w", "h", "offset")), strict=True
-            ):
-                luma = payload[offset : offset + w * h].reshape(h, w)
-                chroma = payload[offset + w * h : offset + w * h * 3 // 2].reshape(2, h // 2, w // 2)
-                window = (slice(y, y + h), slice(x, x + w))
-                half = (slice(y // 2, (y + h) // 2), slice(x // 2, (x + w) // 2))
-                self.targets.setdefault(frame, []).append((luma, chroma[0], chroma[1], window, half))
-
-    def put(self, frame: int, planes: Planes) -> None:
-        start_s = time.perf_counter()
-        y, u, v = planes
-        for luma, blue, red, window, half in self.targets[frame]:
-            luma[...] = y[window]
-            blue[...] = u[half]
-            red[...] = v[half]
-        self.copy_s += time.perf_counter() - start_s
+    def _fill(self, record: VideoRecord, targets: np.ndarray, payload: np.ndarray) -> float:
+        if self._cache is None:
+            return fill(self._decoder, record, targets, payload)
+        return self._cache.fill(self._decoder, record, targets, payload)

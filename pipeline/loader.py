@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -19,13 +20,14 @@ from torch import Tensor
 from clipmill.pipeline.audio import waveform_to_view
 from clipmill.pipeline.augment import op_params
 from clipmill.pipeline.batch import ClipBatch
+from clipmill.pipeline.cache import FrameCache
 from clipmill.pipeline.fill import Filled, Stages
-from clipmill.pipeline.kernels import render
+from clipmill.pipeline.kernels import render, steps_of
 from clipmill.pipeline.order import Cursor, Order
 from clipmill.pipeline.record import ShardIndex
 from clipmill.pipeline.ring import LoaderConfig, ProcessRing, ThreadRing
-from clipmill.pipeline.slot import BatchPlanner, Job, Shape, Slot
-from clipmill.pipeline.spec import AudioSpec, VideoSpec
+from clipmill.pipeline.slot import SAMPLE, BatchPlanner, Job, Shape, Slot
+from clipmill.pipeline.spec import AudioSpec, Params, VideoSpec
 from clipmill.pipeline.transfer import Transfer
 from clipmill.pipeline.views import Planner
 
@@ -41,10 +43,10 @@ class Loader:
 
     batch_size: samples per process. rank, world: this process's share: of every global batch of batch_size * world
     positions it takes its own block, so the samples of a global batch do not depend on ``world``. drop_last: leave
-    out an incomplete last batch; otherwise the last batch is smaller and no sample is repeated.
+    out an incomplete last batch; otherwise the last batch is smaller and no sample is repeated. dtype: of the video.
 
     Attributes: ``stages`` (`Stages`, sums since construction), ``wait_s`` (time the caller was blocked),
-    ``augment_s``, ``damaged`` ({record number: reason}).
+    ``augment_s``, ``damaged`` ({record number: reason}), ``cache`` (`FrameCache` while open, if any).
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Loader:
         world: int = 1,
         drop_last: bool = True,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
         config: LoaderConfig | None = None,
     ) -> None:
         names = [view.name for view in planner.views]
@@ -73,7 +76,9 @@ class Loader:
         self.index = index if self.skipped == 0 else index.select(usable)
         self.planner = planner
         self.batch_size = batch_size
-        self.device = torch.device(device)
+        self.dtype = dtype
+        self._transfer = Transfer(torch.device(device))
+        self.device = self._transfer.device
         self.order = Order(num_records=len(self.index), seed=seed, shuffle=shuffle, repeat=repeat, picks=picks)
         self._rank, self._world, self._drop_last = rank, world, drop_last
         self.config = (config or LoaderConfig()).resolved(_cores())
@@ -81,9 +86,10 @@ class Loader:
         self.wait_s = 0.0
         self.augment_s = 0.0
         self.damaged: dict[int, str] = {}
+        self.cache: FrameCache | None = None
         self._shape = Shape.of(planner, self.index[0], batch_size)
-        self._transfer = Transfer(self.device)
         self._ring: ThreadRing | ProcessRing | None = None
+        self._next: Future[tuple[Filled, Slot]] | None = None  # the slot after the one being delivered
         if drop_last and len(self) == 0:
             raise ValueError(
                 f"{index.root}: {len(self.order)} samples an epoch do not fill one batch of {batch_size} x {world}; "
@@ -108,12 +114,21 @@ class Loader:
 
     def epoch(self, epoch: int = 0, position: int = 0) -> Iterator[ClipBatch]:
         """Batches of one epoch, from global position ``position`` on."""
-        return self._transfer.ahead(self._batches(self._jobs(epoch, position)))
+        return self._transfer.ahead(self._batches(self._jobs(epoch, position)), self._next_is_full)
 
-    def _batches(self, jobs: Iterator[Job]) -> Iterator[ClipBatch]:
-        if self._ring is None:
-            kind = ProcessRing if self.config.processes else ThreadRing
-            self._ring = kind(self.index, self.planner, self.order, self._shape, self.config, self._transfer)
+    def _next_is_full(self) -> bool:
+        return self._next is None or self._next.done()
+
+    def _batches(self, jobs: Iterator[Job]) -> Generator[ClipBatch, None, None]:
+        for job, slot, payload_bytes in self._slots(jobs):
+            yield self._deliver(job, slot, payload_bytes)
+
+    def slots(self, epoch: int = 0, position: int = 0) -> Iterator[tuple[Job, Slot, int]]:
+        """What `epoch` makes its batches of: (job, full slot, bytes of its payload). Valid until the next one."""
+        return self._slots(self._jobs(epoch, position))
+
+    def _slots(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, Slot, int]]:
+        ring = self._open()
         pending: deque[tuple[Job, int, Future[tuple[Filled, Slot]]]] = deque()
         free = deque(range(self.config.ahead + 1))
         leaving: deque[tuple[torch.cuda.Event | None, int]] = deque()
@@ -127,25 +142,39 @@ class Loader:
                     free.append(number)
                 while free and job is not None:
                     number = free.popleft()
-                    pending.append((job, number, self._ring.submit(job, number)))
+                    pending.append((job, number, ring.submit(job, number)))
                     job = next(jobs, None)
                 done, number, future = pending.popleft()
                 start_s = time.perf_counter()
                 filled, slot = future.result()
                 self.wait_s += time.perf_counter() - start_s
                 self._account(filled)
-                batch = self._deliver(done, slot, filled.stages.payload_bytes)
+                self._next = pending[0][2] if pending else None
+                yield done, slot, filled.stages.payload_bytes
                 leaving.append((self._transfer.mark(), number))
-                yield batch
         finally:
             for _, _, future in pending:
                 future.exception()  # let running work leave the slots before they are used again
+            self._transfer.settle()
+
+    def _open(self) -> ThreadRing | ProcessRing:
+        if self._ring is None:
+            if self.config.cache_gb > 0:
+                self.cache = FrameCache(self.index, int(self.config.cache_gb * 2**30))
+            kind = ProcessRing if self.config.processes else ThreadRing
+            self._ring = kind(
+                self.index, self.planner, self.order, self._shape, self.config, self._transfer, self.cache
+            )
+        return self._ring
 
     def close(self) -> None:
-        """Stop threads and processes and free the ring; the loader can be used again."""
+        """Stop threads and processes and free the ring and the cache; the loader can be used again."""
         if self._ring is not None:
             self._ring.close()
             self._ring = None
+        if self.cache is not None:
+            self.cache.close()
+            self.cache = None
 
     def __enter__(self) -> Loader:
         return self
@@ -174,36 +203,50 @@ class Loader:
             )
 
     def _deliver(self, job: Job, slot: Slot, payload_bytes: int) -> ClipBatch:
-        """From a full slot to a batch on the device; the slot is free afterwards."""
+        """From a full slot to a batch on the device; the slot is free when the upload has left it."""
         start_s = time.perf_counter()
         count = job.count
-        samples = slot.samples[:count].copy()
-        payload = self._transfer.upload(slot.payload[:payload_bytes])
+        draws = slot.samples["draw"][:count].copy()
         batch_key = BatchPlanner.batch_key(self.order.seed, job)
+        params: dict[str, list[Params]] = {}
+        for view in self.planner.views:
+            if isinstance(view.augment, VideoSpec):
+                items = slot.items[view.name][:count]
+                params[view.name] = op_params(view.augment, draws, items.shape[1], batch_key, view.key)
+                made = steps_of(items, view.augment, params[view.name], self.device)
+                slot.steps[view.name][: len(made)] = 0.0
+                slot.steps[view.name][: len(made), : made.shape[1]] = made
+        sent = self._transfer.upload(slot.used(payload_bytes))
+        payload = sent.at(slot.payload[:payload_bytes])
         video: dict[str, Tensor] = {}
         audio: dict[str, Tensor] = {}
         for view in self.planner.views:
             if isinstance(view.augment, VideoSpec):
                 items = slot.items[view.name][:count]
-                params = op_params(view.augment, samples["draw"], items.shape[1], batch_key, view.key)
-                video[view.name] = render(payload, items, view.augment, params)
+                steps = slot.steps[view.name][: items.size if view.augment.per_frame else count]
+                tables = sent.at(items), sent.at(steps)
+                video[view.name] = render(
+                    payload, items, view.augment, params[view.name], steps=steps, tables=tables, dtype=self.dtype
+                )
             else:
                 assert isinstance(view.augment, AudioSpec)
-                pcm = torch.from_numpy(slot.sound[view.name][:count].copy()).to(self.device)
-                audio[view.name] = waveform_to_view(pcm, self._audio_hz, view, samples["draw"])
+                pcm = sent.at(slot.sound[view.name][:count]).view(torch.int16).view(count, -1)
+                audio[view.name] = waveform_to_view(pcm, self._audio_hz, view, draws)
+        samples = sent.at(slot.samples[:count]).view(torch.int64).view(count, -1)
+        columns = {name: samples[:, place].clone() for place, name in enumerate(SAMPLE.names or ())}
         batch = ClipBatch(
             video=video,
             audio=audio,
-            index=torch.from_numpy(samples["index"].copy()).to(self.device),
-            uid=torch.from_numpy(samples["uid"].astype(np.int64)).to(self.device),
-            label=torch.from_numpy(samples["label"].copy()).to(self.device),
+            index=columns["index"],
+            uid=columns["uid"],
+            label=columns["label"],
             start_s={name: torch.from_numpy(values[:count].copy()) for name, values in slot.start_s.items()},
-            aux={name: torch.from_numpy(values[:count].copy()).to(self.device) for name, values in slot.aux.items()},
+            aux={name: sent.at(values[:count]).view(torch.float64).clone() for name, values in slot.aux.items()},
         )
         self.augment_s += time.perf_counter() - start_s
         return batch
 
-    @property
+    @cached_property
     def _audio_hz(self) -> int:
         rates = np.unique(self.index.column("audio_hz"))
         rates = rates[rates > 0]

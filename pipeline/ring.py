@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from clipmill.pipeline.cache import FrameCache
 from clipmill.pipeline.fill import Engine, Filled
+from clipmill.pipeline.memory import SharedBuffer
 from clipmill.pipeline.order import Order
 from clipmill.pipeline.record import ShardIndex
 from clipmill.pipeline.slot import Job, Shape, Slot
 from clipmill.pipeline.transfer import Transfer
 from clipmill.pipeline.views import Planner
-from clipmill.pipeline.workers import SharedBuffer, WorkerProcess
+from clipmill.pipeline.workers import WorkerProcess
 
 _THREADS_PER_PROCESS = 4
 
@@ -23,14 +25,16 @@ class LoaderConfig:
     """How batches are made; none of it changes what is in them.
 
     threads: decode threads per process, 0 = choose by the number of cores. processes: decode processes, 0 = decode in
-    this process, -1 = choose. ahead: batches made in advance. decoder: backend name. max_damaged: share of the
-    records that may turn out damaged before the run stops.
+    this process, -1 = choose. ahead: batches made in advance. decoder: backend name, auto = the fastest for each
+    record. cache_gb: GiB of memory for decoded frames, which later epochs copy instead of decoding. max_damaged: share
+    of the records that may turn out damaged before the run stops.
     """
 
     threads: int = 0
     processes: int = -1
     ahead: int = 2
-    decoder: str = "pyav"
+    decoder: str = "auto"
+    cache_gb: float = 0.0
     max_damaged: float = 0.01
 
     def resolved(self, cores: int) -> LoaderConfig:
@@ -53,10 +57,11 @@ class ThreadRing:
         shape: Shape,
         config: LoaderConfig,
         transfer: Transfer,
+        cache: FrameCache | None,
     ) -> None:
         self._transfer = transfer
         self._shape = shape
-        self._engine = Engine(index, planner, order, shape, threads=config.threads, decoder=config.decoder)
+        self._engine = Engine(index, planner, order, shape, threads=config.threads, decoder=config.decoder, cache=cache)
         self._buffers: dict[int, np.ndarray] = {}
 
     def submit(self, job: Job, number: int) -> Future[tuple[Filled, Slot]]:
@@ -102,11 +107,12 @@ class ProcessRing:
         shape: Shape,
         config: LoaderConfig,
         transfer: Transfer,
+        cache: FrameCache | None,
     ) -> None:
         self._transfer = transfer
         self._shape = shape
         self._workers = [
-            WorkerProcess(index, planner, order, shape, threads=config.threads, decoder=config.decoder)
+            WorkerProcess(index, planner, order, shape, threads=config.threads, decoder=config.decoder, cache=cache)
             for _ in range(config.processes)
         ]
         self._buffers = [SharedBuffer() for _ in range(config.ahead + 1)]
@@ -117,14 +123,13 @@ class ProcessRing:
         buffer = self._buffers[number]
 
         def relay(done: Future[tuple[Filled, int]]) -> None:
-            error = done.exception()
-            if error is not None:
-                result.set_exception(error)
-            else:
+            try:
                 filled, size = done.result()
                 if len(buffer.array) < size:
                     self._remap(buffer, size)
                 result.set_result((filled, Slot(buffer.array, self._shape)))
+            except BaseException as error:  # of mapping and pinning too: nobody else hears of errors here
+                result.set_exception(error)
 
         self._workers[job.number % len(self._workers)].submit(job, buffer.path).add_done_callback(relay)
         return result
@@ -146,4 +151,4 @@ class ProcessRing:
         for buffer in self._buffers:
             if len(buffer.array):
                 self._transfer.unpin(buffer.array)
-            buffer.unlink()
+            buffer.close()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from clipmill.pipeline.draws import Draws, fold, fold_array
+from clipmill.pipeline.kernels_steps import WIDTH, room
 from clipmill.pipeline.order import Order
 from clipmill.pipeline.record import ShardIndex, VideoRecord
 from clipmill.pipeline.spec import MATRICES, VideoSpec
@@ -29,7 +30,9 @@ ITEM = np.dtype(
     align=True,
 )  # fmt: skip
 SAMPLE = np.dtype([("index", "<i8"), ("uid", "<u8"), ("draw", "<u8"), ("label", "<i8")], align=True)
+TARGET = ("frame", "x", "y", "w", "h", "offset")  # columns of `clipmill.pipeline.decode.targets`
 _ALIGN = 64
+_BLOCK = 4096  # positions of an epoch that are permuted at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,7 @@ class Shape:
     frames: Mapping[str, int]
     samples: Mapping[str, int]
     aux: tuple[str, ...]
+    steps: Mapping[str, tuple[int, int]]  # {view: (rows of each sample, steps of each row)}
 
     @staticmethod
     def of(planner: Planner, record: VideoRecord, batch_size: int) -> Shape:
@@ -58,23 +62,41 @@ class Shape:
         spans = {span.view: span for span in drawn.spans}
         frames = {view.name: len(spans[view.name].frames) for view in planner.views if view.modality != "audio"}
         samples = {view.name: spans[view.name].num_samples for view in planner.views if view.modality == "audio"}
-        return Shape(batch_size, frames, samples, tuple(sorted(drawn.aux)))
+        steps = {
+            view.name: (frames[view.name] if view.augment.per_frame else 1, room(view.augment.ops))
+            for view in planner.views
+            if isinstance(view.augment, VideoSpec)
+        }
+        return Shape(batch_size, frames, samples, tuple(sorted(drawn.aux)), steps)
 
 
 class Slot:
-    """Typed windows into one buffer. The payload of picture regions comes last and may use less than there is."""
+    """Typed windows into one buffer. The payload of picture regions comes last and may use less than there is.
+
+    ``flight`` says of every row whether it is waiting (0), being decoded (1) or done (2): what a decode process that
+    crashed was working on.
+    """
 
     def __init__(self, buffer: np.ndarray, shape: Shape) -> None:
         self.buffer = buffer
         self.shape = shape
         self._end = 0
         size = shape.batch_size
+        self.flight = self._take(np.dtype("u1"), (size,))
         self.samples = self._take(SAMPLE, (size,))
         self.items = {name: self._take(ITEM, (size, frames)) for name, frames in shape.frames.items()}
         self.sound = {name: self._take(np.dtype("<i2"), (size, count)) for name, count in shape.samples.items()}
         self.start_s = {name: self._take(np.dtype("<f8"), (size,)) for name in (*shape.frames, *shape.samples)}
         self.aux = {name: self._take(np.dtype("<f8"), (size,)) for name in shape.aux}
+        self.steps = {
+            name: self._take(np.dtype("<f4"), (size * each, count, WIDTH))
+            for name, (each, count) in shape.steps.items()
+        }
         self.payload = buffer[self._end :]
+
+    def used(self, payload_bytes: int) -> np.ndarray:
+        """The part of the buffer that matters: the tables and a payload of that size."""
+        return self.buffer[: self._end + payload_bytes]
 
     def _take(self, kind: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
         start = self._end
@@ -86,39 +108,51 @@ class Slot:
     def header_bytes(shape: Shape) -> int:
         """Bytes before the payload."""
         rows = shape.batch_size
-        sizes = [rows * SAMPLE.itemsize]
+        sizes = [rows, rows * SAMPLE.itemsize]
         sizes += [rows * frames * ITEM.itemsize for frames in shape.frames.values()]
         sizes += [rows * count * 2 for count in shape.samples.values()]
         sizes += [rows * 8] * (len(shape.frames) + len(shape.samples) + len(shape.aux))
+        sizes += [rows * each * count * WIDTH * 4 for each, count in shape.steps.values()]
         return sum(-(-size // _ALIGN) * _ALIGN for size in sizes)
 
 
 @dataclass(slots=True)
 class BatchPlan:
-    """All that is decided before the first byte is read."""
+    """All that is decided before the first byte is read.
+
+    items: {view: (B, T) table of `ITEM`}. targets: (B, R, 6) int64, the same regions of all views by row and frame,
+    columns `TARGET`.
+    """
 
     records: list[VideoRecord]
     drawn: list[Drawn]
     items: dict[str, np.ndarray]
+    targets: np.ndarray
     draws: np.ndarray
     payload_bytes: int
 
 
 class BatchPlanner:
-    """Plans batches: a pure function of (index, order, planner, seed, job) and of the records known to be damaged."""
+    """Plans batches: a pure function of (index, order, planner, seed, job, skips)."""
 
-    def __init__(self, index: ShardIndex, planner: Planner, order: Order) -> None:
+    def __init__(self, index: ShardIndex, planner: Planner) -> None:
         self.index = index
         self.planner = planner
-        self.order = order
-        self.damaged: dict[int, str] = {}
+        self._block: tuple[Order, int, int, np.ndarray] | None = None
 
-    def plan(self, job: Job) -> BatchPlan:
-        """Choose records, draw spans and crops, and lay out the payload."""
-        positions = np.arange(job.start, job.start + job.count)
-        numbers = self.order.draws(job.epoch, positions)
-        records = [self._healthy(int(i)) for i in self.order.records(job.epoch, positions)]
-        seed = self.order.seed
+    def plan(self, job: Job, order: Order, skips: Mapping[int, int]) -> BatchPlan:
+        """Choose records, draw spans and crops, and lay out the payload.
+
+        skips: {row: how many records further on to take}, for rows whose record turned out to be damaged.
+        """
+        numbers = order.draws(job.epoch, np.arange(job.start, job.start + job.count))
+        chosen = self._records(job, order)
+        for row, step in skips.items():
+            if step >= len(self.index):
+                raise RuntimeError(f"{self.index.root}: every record is damaged; run `clipmill verify`")
+            chosen[row] = (chosen[row] + step) % len(self.index)
+        records = [self.index[number] for number in chosen]
+        seed = order.seed
         drawn = [
             self.planner(record, Draws(seed, number, "plan"), number)
             for record, number in zip(records, numbers.tolist(), strict=True)
@@ -126,6 +160,8 @@ class BatchPlanner:
         draws = fold_array(np.full(len(numbers), fold(seed), np.uint64), numbers)
         heights = np.array([record.height for record in records])
         widths = np.array([record.width for record in records])
+        matrices = np.array([MATRICES.index(record.codec.matrix) for record in records])
+        full_range = np.array([record.codec.full_range for record in records])
         items: dict[str, np.ndarray] = {}
         end = 0
         for place, view in enumerate(self.planner.views):
@@ -133,26 +169,32 @@ class BatchPlanner:
                 continue
             frames = np.array([one.spans[place].frames for one in drawn])
             items[view.name] = table = crop_table(view, draws, frames, heights, widths)
-            for row, record in enumerate(records):
-                table["matrix"][row] = MATRICES.index(record.codec.matrix)
-                table["full_range"][row] = record.codec.full_range
+            table["matrix"], table["full_range"] = matrices[:, None], full_range[:, None]
             sizes = (table["w"].astype(np.int64) * table["h"] * 3 // 2).reshape(-1)
             table["offset"] = (end + np.cumsum(sizes) - sizes).reshape(table.shape)
             end += int(sizes.sum())
-        return BatchPlan(records, drawn, items, draws, end)
+        return BatchPlan(records, drawn, items, _targets(list(items.values()), job.count), draws, end)
 
     @staticmethod
     def batch_key(seed: int, job: Job) -> int:
         """The key of draws that a whole global batch shares."""
         return fold(seed, job.epoch, job.number, "batch")
 
-    def _healthy(self, number: int) -> VideoRecord:
-        """The record, or the next one that is not known to be damaged."""
-        for step in range(len(self.index)):
-            candidate = (number + step) % len(self.index)
-            if candidate not in self.damaged:
-                return self.index[candidate]
-        raise RuntimeError(f"{self.index.root}: every record is damaged; run `clipmill verify {self.index.root}`")
+    def _records(self, job: Job, order: Order) -> list[int]:
+        """Record numbers of a job, from blocks of the epoch's order that are kept between calls."""
+        chosen: list[int] = []
+        position, stop = job.start, job.start + job.count
+        while position < stop:
+            number = position // _BLOCK
+            block = self._block
+            if block is None or block[0] is not order or block[1:3] != (job.epoch, number):
+                positions = np.arange(number * _BLOCK, min((number + 1) * _BLOCK, len(order)))
+                block = (order, job.epoch, number, order.records(job.epoch, positions))
+                self._block = block  # one assignment: other threads see the old block or the new one
+            until = min(stop, (number + 1) * _BLOCK)
+            chosen += block[3][position - number * _BLOCK : until - number * _BLOCK].tolist()
+            position = until
+        return chosen
 
 
 def crop_table(
@@ -162,7 +204,7 @@ def crop_table(
     spec = view.augment
     assert isinstance(spec, VideoSpec)
     batch, count = frames.shape
-    keys = spec.item_keys(draws, count, view.key)
+    keys = spec.crop_keys(draws, count, view.key)
     repeat = count if spec.per_frame else 1
     height, width = np.repeat(heights, repeat), np.repeat(widths, repeat)
     boxes = spec.crop.boxes(fold_array(keys, "crop"), height, width)
@@ -185,6 +227,10 @@ def crop_table(
     return table
 
 
-def needed_frames(tables: Sequence[np.ndarray], row: int) -> list[int]:
-    """Sorted distinct frame numbers that a sample needs over all views."""
-    return sorted({frame for table in tables for frame in table["frame"][row].tolist()})
+def _targets(tables: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """(B, R, 6) int64: the regions of all views, sorted by frame within each row."""
+    if not tables:
+        return np.empty((count, 0, len(TARGET)), np.int64)
+    whole = np.concatenate([np.stack([table[name] for name in TARGET], -1) for table in tables], 1, dtype=np.int64)
+    by_frame = whole[:, :, 0].argsort(1, kind="stable")
+    return np.take_along_axis(whole, by_frame[:, :, None], 1)

@@ -14,15 +14,20 @@ from typing import Literal
 import numpy as np
 
 from clipmill.pipeline.draws import fold_array, uniforms
+from clipmill.pipeline.sound_spec import AudioSpec as AudioSpec
+from clipmill.pipeline.sound_spec import LogMel as LogMel
+from clipmill.pipeline.sound_spec import Mask as Mask
+from clipmill.pipeline.sound_spec import Params, Range, between
+from clipmill.pipeline.sound_spec import Volume as Volume
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR_STD = (0.2023, 0.1994, 0.2010)
 
 MATRICES = ("bt601", "bt709", "bt2020")  # YUV matrices, by the number stored with an item
 
 _LUMA = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593)}
-
-Range = tuple[float, float]
 
 
 def yuv_to_rgb_matrix(matrix: str, full_range: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -39,10 +44,6 @@ def yuv_to_rgb_matrix(matrix: str, full_range: bool) -> tuple[np.ndarray, np.nda
     )
     mix = mix / np.array([luma, chroma, chroma])
     return mix, -mix @ np.array([black, 128.0, 128.0])
-
-
-def _between(unit: np.ndarray, bounds: Range) -> np.ndarray:
-    return bounds[0] + (bounds[1] - bounds[0]) * unit
 
 
 def _integer(unit: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -73,29 +74,82 @@ class Boxes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RandomResizedCrop:
-    """The torchvision sampler: area fraction U(scale), log-aspect U(log ratio), 10 attempts, else the centre."""
+    """The torchvision sampler: area fraction U(scale), log-aspect U(log ratio), 10 attempts, else the centre.
+
+    fallback: the shape of that centre, the nearest allowed ``aspect`` or, as in mmaction, a ``square``.
+    """
 
     scale: Range = (0.2, 1.0)
     ratio: Range = (3 / 4, 4 / 3)
+    fallback: Literal["aspect", "square"] = "aspect"
 
     def boxes(self, keys: np.ndarray, height: np.ndarray, width: np.ndarray) -> Boxes:
         """Boxes for N frames of the given sizes; ``keys`` (N,) uint64."""
         unit = uniforms(keys, 22)
-        area = (height * width)[:, None] * _between(unit[:, :10], self.scale)
-        aspect = np.exp(_between(unit[:, 10:20], (math.log(self.ratio[0]), math.log(self.ratio[1]))))
+        area = (height * width)[:, None] * between(unit[:, :10], self.scale)
+        aspect = np.exp(between(unit[:, 10:20], (math.log(self.ratio[0]), math.log(self.ratio[1]))))
         ws = np.rint(np.sqrt(area * aspect)).astype(np.int64)
         hs = np.rint(np.sqrt(area / aspect)).astype(np.int64)
         fits = (ws > 0) & (hs > 0) & (ws <= width[:, None]) & (hs <= height[:, None])
         first, rows = fits.argmax(1), np.arange(len(keys))
         found = fits.any(1)
-        shape = width / height
-        wide, tall = shape > self.ratio[1], shape < self.ratio[0]
-        w = np.where(wide, np.rint(height * self.ratio[1]), width).astype(np.int64)
-        h = np.where(tall, np.rint(width / self.ratio[0]), height).astype(np.int64)
+        w, h = self._fallback(height, width)
         x, y = (width - w) // 2, (height - h) // 2
         w, h = np.where(found, ws[rows, first], w), np.where(found, hs[rows, first], h)
         x = np.where(found, _integer(unit[:, 20], width - w + 1), x)
         y = np.where(found, _integer(unit[:, 21], height - h + 1), y)
+        return Boxes.cut(x, y, w, h)
+
+    def _fallback(self, height: np.ndarray, width: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Widths and heights of the centre."""
+        if self.fallback == "square":
+            side = np.minimum(height, width)
+            return side, side
+        shape = width / height
+        wide, tall = shape > self.ratio[1], shape < self.ratio[0]
+        w = np.where(wide, np.rint(height * self.ratio[1]), width).astype(np.int64)
+        h = np.where(tall, np.rint(width / self.ratio[0]), height).astype(np.int64)
+        return w, h
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistortedBox:
+    """TensorFlow's sampler of distorted boxes, the crop of SimCLR's reference.
+
+    aspect (width / height) from U(ratio), not its logarithm; then the height, uniform over the integers for which
+    the area can lie in ``scale``, which favours small crops; up to 100 attempts, else the whole frame. The reference
+    asks for 8 to 100 % of the area but also for a tenth of the frame to be covered, so the least is 10 %.
+    """
+
+    scale: Range = (0.1, 1.0)
+    ratio: Range = (3 / 4, 4 / 3)
+    attempts: int = 100
+
+    def boxes(self, keys: np.ndarray, height: np.ndarray, width: np.ndarray) -> Boxes:
+        """Boxes for N frames of the given sizes; ``keys`` (N,) uint64."""
+        x, y, w, h = np.zeros_like(width), np.zeros_like(height), width.copy(), height.copy()
+        waiting = np.arange(len(keys))
+        for attempt in range(self.attempts):
+            unit = uniforms(fold_array(keys[waiting], attempt), 4)
+            frame_h, frame_w = height[waiting], width[waiting]
+            aspect = between(unit[:, 0], self.ratio)
+            least, most = (share * frame_h * frame_w for share in self.scale)
+            low = np.rint(np.sqrt(least / aspect)).astype(np.int64)
+            fitting = np.minimum(frame_h, ((frame_w + 0.5 - 1e-7) / aspect).astype(np.int64))
+            high = np.minimum(np.rint(np.sqrt(most / aspect)).astype(np.int64), fitting)
+            tall = low + _integer(unit[:, 1], np.maximum(high - low, 0) + 1)
+            wide = np.rint(tall * aspect).astype(np.int64)
+            tall += (wide * tall < least).astype(np.int64) - (wide * tall > most)  # what rounding has missed
+            wide = np.rint(tall * aspect).astype(np.int64)
+            area = wide * tall
+            good = (area >= least) & (area <= most) & (tall <= frame_h) & (wide <= frame_w) & (area > 0)
+            rows = waiting[good]
+            w[rows], h[rows] = wide[good], tall[good]
+            x[rows] = _integer(unit[good, 2], np.maximum(frame_w - wide, 1)[good])
+            y[rows] = _integer(unit[good, 3], np.maximum(frame_h - tall, 1)[good])
+            waiting = waiting[~good]
+            if not len(waiting):
+                break
         return Boxes.cut(x, y, w, h)
 
 
@@ -135,6 +189,24 @@ class CenterCrop:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CutCenter:
+    """Cut the centre square of ``share`` of the short side, then resize it: the test crop of SimCLR's reference.
+
+    The side is rounded, the offsets are half the rest, rounded up. Resizing reads nothing beyond the crop. Frames of at
+    most ``whole`` pixels are not cut, as the reference does with pictures of 32.
+    """
+
+    share: float = 0.875
+    whole: int = 32
+
+    def boxes(self, keys: np.ndarray, height: np.ndarray, width: np.ndarray) -> Boxes:
+        """Boxes for N frames; nothing is drawn."""
+        short = np.minimum(height, width)
+        side = np.where(np.maximum(height, width) <= self.whole, short, np.rint(self.share * short)).astype(np.int64)
+        return Boxes.cut((width - side + 1) // 2, (height - side + 1) // 2, side, side)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ResizedRandomCrop:
     """Resize the short side to an integer from U{resize}, cut ``size`` pixels at a random place (scale jitter)."""
 
@@ -164,13 +236,12 @@ class WholeFrame:
         return Boxes.cut(zero, zero, width, height)
 
 
-Crop = RandomResizedCrop | CenterCrop | ResizedRandomCrop | WholeFrame
+Crop = RandomResizedCrop | DistortedBox | CenterCrop | CutCenter | ResizedRandomCrop | WholeFrame
 
 
 # --- operators on the cropped picture, values in [0, 1] until Normalize -------------------------------------
 
 Scope = Literal["item", "batch"]
-Params = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +262,8 @@ class Jitter:
     brightness, contrast, saturation: factors from U(max(0, 1 - v), 1 + v). hue: shift from U(-hue, hue) turns.
     p: probability of jittering at all; ``coin`` says whether that is decided per item or once per batch.
     maths: ``torchvision`` (contrast around the grey mean, saturation blends with grey), ``simclr`` (contrast around
-    each channel's mean, saturation scales S of HSV), ``kornia`` (brightness adds v - 1, contrast multiplies).
+    each channel's mean, saturation scales S of HSV), ``simclr_v1`` (the same, but brightness adds v - 1), ``kornia``
+    (brightness adds v - 1, contrast multiplies, saturation scales S).
     order: ``item`` draws a random order per item, ``batch`` one per batch, ``fixed`` keeps b, c, s, h.
     """
 
@@ -200,15 +272,15 @@ class Jitter:
     saturation: float = 0.4
     hue: float = 0.1
     p: float = 0.8
-    maths: Literal["torchvision", "simclr", "kornia"] = "torchvision"
+    maths: Literal["torchvision", "simclr", "simclr_v1", "kornia"] = "torchvision"
     coin: Scope = "item"
     order: Literal["item", "batch", "fixed"] = "item"
 
     def draw(self, keys: np.ndarray) -> Params:
         """apply, factors (..., 4) in the order b, c, s, h, and order (..., 4) of operator numbers."""
         unit = uniforms(keys, 9)
-        factors = [_between(unit[..., i], (max(0.0, 1 - v), 1 + v)) for i, v in enumerate(self._strengths())]
-        factors.append(_between(unit[..., 3], (-self.hue, self.hue)))
+        factors = [between(unit[..., i], (max(0.0, 1 - v), 1 + v)) for i, v in enumerate(self._strengths())]
+        factors.append(between(unit[..., 3], (-self.hue, self.hue)))
         order = np.argsort(unit[..., 5:9], axis=-1)
         if self.order == "fixed":
             order = np.broadcast_to(np.arange(4), order.shape).copy()
@@ -250,7 +322,7 @@ class Blur:
     def draw(self, keys: np.ndarray) -> Params:
         """apply and sigma, shape of ``keys``."""
         unit = uniforms(keys, 2)
-        return {"apply": unit[..., 0] < self.p, "sigma": _between(unit[..., 1], self.sigma)}
+        return {"apply": unit[..., 0] < self.p, "sigma": between(unit[..., 1], self.sigma)}
 
     @property
     def taps(self) -> int:
@@ -290,14 +362,15 @@ class VideoSpec:
     """From decoded frames to a (B, C, T, size, size) tensor: crop and resize, then ``ops`` in order.
 
     size: output side in pixels. per_frame: every frame draws its own crop and operators; otherwise the frames of a
-    clip share them. interpolation: ``bilinear`` or ``bicubic`` (Keys, a = -0.5). antialias: low-pass filter when
-    shrinking, as torchvision does.
+    clip share them. one_crop: with per_frame, the frames of a clip share their crop all the same. interpolation:
+    ``bilinear`` or ``bicubic`` (Keys, a = -0.5). antialias: low-pass filter when shrinking, as torchvision does.
     """
 
     size: int = 112
     crop: Crop = field(default_factory=RandomResizedCrop)
     ops: tuple[Op, ...] = (Flip(), Normalize())
     per_frame: bool = False
+    one_crop: bool = False
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     antialias: bool = True
 
@@ -308,6 +381,12 @@ class VideoSpec:
             keys = fold_array(np.repeat(keys, num_frames), np.tile(np.arange(num_frames), len(draws)))
         return keys
 
+    def crop_keys(self, draws: np.ndarray, num_frames: int, view_key: str) -> np.ndarray:
+        """As `item_keys`, for crops."""
+        if self.per_frame and self.one_crop:
+            return np.repeat(fold_array(draws, view_key), num_frames)
+        return self.item_keys(draws, num_frames, view_key)
+
     def reach(self, lengths: np.ndarray) -> np.ndarray:
         """How many pixels beyond boxes of the given source lengths their resize to ``size`` may read."""
         stretch = np.maximum(lengths / self.size, 1.0) if self.antialias else np.ones_like(lengths)
@@ -317,80 +396,6 @@ class VideoSpec:
 def eval_spec(size: int, resize: int | None = None, ops: tuple[Op, ...] = (Normalize(),)) -> VideoSpec:
     """The usual test transform: short side to ``resize`` (default size / 0.875), centre crop, normalise."""
     return VideoSpec(size=size, crop=CenterCrop(size=size, resize=resize or round(size / 0.875)), ops=ops)
-
-
-# --- sound --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogMel:
-    """A log-mel front end.
-
-    hz: sample rate. n_fft, win, hop: samples. mels: bands between f_min and f_max (0 = hz / 2) Hz. scale: ``slaney``
-    or ``htk``; norm: ``slaney`` (area) or none. pad: STFT padding, ``reflect`` or ``constant``; center: pad at all.
-    log: natural log of (mel + floor), after adding ``power_floor`` to the power. mean, std: final normalisation.
-    """
-
-    hz: int = 16000
-    n_fft: int = 1024
-    win: int = 1024
-    hop: int = 160
-    mels: int = 80
-    f_min: float = 0.0
-    f_max: float = 0.0
-    scale: Literal["slaney", "htk"] = "slaney"
-    norm: Literal["slaney"] | None = "slaney"
-    pad: Literal["reflect", "constant"] = "reflect"
-    center: bool = True
-    power_floor: float = 0.0
-    floor: float = 1.1920929e-07
-    mean: float = 0.0
-    std: float = 1.0
-
-    def frames(self, num_samples: int) -> int:
-        """Columns of the spectrogram of a waveform of ``num_samples``."""
-        return 1 + (num_samples if self.center else num_samples - self.n_fft) // self.hop
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Volume:
-    """Multiply the waveform by U(gain)."""
-
-    gain: Range = (0.8, 1.2)
-
-    def draw(self, keys: np.ndarray) -> Params:
-        """gain, shape of ``keys``."""
-        return {"gain": _between(uniforms(keys, 1)[..., 0], self.gain)}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mask:
-    """``count`` bands along ``axis``, each of integer length U[0, longest), set to the spectrogram's mean."""
-
-    axis: Literal["frequency", "time"]
-    count: int = 2
-    longest: int = 10
-
-    def draw(self, keys: np.ndarray) -> Params:
-        """length (..., count) in cells and start (..., count) as a fraction of the room left."""
-        unit = uniforms(keys, 2 * self.count)
-        return {"length": np.floor(unit[..., : self.count] * self.longest), "start": unit[..., self.count :]}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AudioSpec:
-    """From int16 samples to a waveform (B, S) in [-1, 1), or to (B, 1, mels, frames) when ``logmel`` is given.
-
-    hz: rate the waveform is resampled to. ops: `Volume` acts on the waveform, `Mask` on the spectrogram.
-    """
-
-    hz: int = 16000
-    logmel: LogMel | None = None
-    ops: tuple[Volume | Mask, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.logmel is not None and self.logmel.hz != self.hz:
-            raise ValueError(f"the log-mel front end expects {self.logmel.hz} Hz, the view gives {self.hz} Hz")
 
 
 # --- published recipes --------------------------------------------------------------------------------------
@@ -408,14 +413,16 @@ def moco_v2(size: int = 224, per_frame: bool = False) -> VideoSpec:
     return VideoSpec(size=size, ops=ops, per_frame=per_frame)
 
 
-def simclr(size: int = 224, strength: float = 1.0, blur: bool = True) -> VideoSpec:
-    """SimCLR (Chen et al., ICML 2020): bicubic crop of 8-100 %, flip, strong jitter, grey, blur; no normalisation."""
+def simclr(
+    size: int = 224, strength: float = 1.0, blur: bool = True, *, maths: Literal["simclr", "simclr_v1"] = "simclr"
+) -> VideoSpec:
+    """SimCLR (Chen et al., ICML 2020): bicubic crop of 8-100 %, flip, strong jitter, grey, blur; no normalisation.
+
+    The operators are the reference's (``simclr_v1``: with the paper's additive brightness); the crop is torchvision's,
+    which all PyTorch versions have. The reference's is `DistortedBox`.
+    """
     jitter = Jitter(
-        brightness=0.8 * strength,
-        contrast=0.8 * strength,
-        saturation=0.8 * strength,
-        hue=0.2 * strength,
-        maths="simclr",
+        brightness=0.8 * strength, contrast=0.8 * strength, saturation=0.8 * strength, hue=0.2 * strength, maths=maths
     )
     taps = 2 * (size // 10 // 2) + 1
     ops: tuple[Op, ...] = (Flip(), jitter, Gray())
@@ -423,3 +430,13 @@ def simclr(size: int = 224, strength: float = 1.0, blur: bool = True) -> VideoSp
         ops = (*ops, Blur(kernel=taps, border="zero", strength="batch"))
     crop = RandomResizedCrop(scale=(0.08, 1.0))
     return VideoSpec(size=size, crop=crop, ops=ops, interpolation="bicubic", antialias=False)
+
+
+def hcl(size: int = 32) -> VideoSpec:
+    """HCL (Robinson et al., ICLR 2021): crop of 8-100 %, flip, jitter p 0.8, grey p 0.2, blur of size / 10 taps p 0.5.
+
+    Normalised with the statistics of CIFAR on all data sets.
+    """
+    taps = size // 10 | 1
+    ops = (Flip(), Jitter(), Gray(), Blur(kernel=taps), Normalize(mean=CIFAR_MEAN, std=CIFAR_STD))
+    return VideoSpec(size=size, crop=RandomResizedCrop(scale=(0.08, 1.0)), ops=ops)

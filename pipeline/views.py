@@ -7,17 +7,21 @@ process and machine plans the same clips. ``planner.usable(index)`` says which r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Literal, Protocol
 
 import numpy as np
 
 from clipmill.pipeline.draws import Draws
-from clipmill.pipeline.record import ShardIndex, VideoRecord
+from clipmill.pipeline.record import AUDIO_BLOCK, ShardIndex, VideoRecord
 from clipmill.pipeline.spec import AudioSpec, VideoSpec
 
 Short = Literal["loop", "repeat", "skip"]
+Silence = Literal["keep", "skip", "redraw", "zero"]
+ATTEMPTS = 10  # windows of sound that `redraw` draws before it takes a silent one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,8 +129,9 @@ def clip_span(view: View, record: VideoRecord, start: int, short: Short = "loop"
 
 def audio_span(view: View, record: VideoRecord, start_s: float) -> Span:
     """The span of an audio view that begins at ``start_s`` seconds (at the nearest sample)."""
-    count = round(view.duration_s * record.audio_hz)
-    start = round(start_s * record.audio_hz)
+    hz = sound_hz(view, record)
+    count = round(view.duration_s * hz)
+    start = round(start_s * hz)
     return Span(view=view.name, start_sample=start, num_samples=count, start_s=start_s)
 
 
@@ -146,6 +151,62 @@ def _long_enough(index: ShardIndex, views: Sequence[View], short: Short) -> np.n
     return mask
 
 
+# --- silence: read from the index alone, so that planners stay pure functions of the record's numbers ---------
+
+
+def sound_mask(index: ShardIndex, silence: Silence, views: Sequence[View]) -> np.ndarray:
+    """Records that may be drawn from under a policy; a boolean mask.
+
+    keep: all with sound. skip, redraw: those whose sound is not silent throughout. zero: all; missing sound is zeros,
+    which needs sound that is packed at the views' rate.
+    """
+    if silence != "zero":
+        mask = index.column("num_samples") > 0
+        return mask if silence == "keep" else mask & (index.column("silent") == 0)
+    rates = set(np.unique(index.column("audio_hz")).tolist()) - {0}
+    for view in views:
+        assert isinstance(view.augment, AudioSpec)
+        if rates - {view.augment.hz}:
+            raise ValueError(
+                f"{index.root}: sound is packed at {sorted(rates)} Hz, view {view.name!r} wants {view.augment.hz} Hz; "
+                "to put zeros where there is none they must agree: pack with that --audio-hz"
+            )
+    return np.ones(len(index), bool)
+
+
+def sound_hz(view: View, record: VideoRecord) -> int:
+    """The rate of a record's samples; the view's where it has none."""
+    assert isinstance(view.augment, AudioSpec)
+    return record.audio_hz or view.augment.hz
+
+
+def is_silent(record: VideoRecord, span: Span) -> bool:
+    """Every block of sound that the span touches has the checksum of zeros. Outside the track all is silent."""
+    low, high = max(span.start_sample, 0), min(span.start_sample + span.num_samples, record.num_samples)
+    if low >= high:
+        return True
+    first, last = low // AUDIO_BLOCK, (high - 1) // AUDIO_BLOCK
+    return all(
+        int(record.audio_crcs[block]) == _crc_of_zeros(min(AUDIO_BLOCK, record.num_samples - block * AUDIO_BLOCK))
+        for block in range(first, last + 1)
+    )
+
+
+def audible(record: VideoRecord, silence: Silence, draw: Callable[[], tuple[Span, ...]]) -> tuple[Span, ...]:
+    """What ``draw`` gives; under ``redraw`` the first of up to 10 answers in which no window of sound is silent."""
+    spans = draw()
+    for _ in range(ATTEMPTS - 1 if silence == "redraw" else 0):
+        if not any(span.num_samples and is_silent(record, span) for span in spans):
+            break
+        spans = draw()
+    return spans
+
+
+@lru_cache(maxsize=1024)
+def _crc_of_zeros(num_samples: int) -> int:
+    return zlib.crc32(bytes(2 * num_samples))
+
+
 # --- planners -----------------------------------------------------------------------------------------------
 
 
@@ -154,16 +215,21 @@ class Clips:
     """Random clips: all views begin at one frame (``shared``) or each at its own.
 
     short: what to do with a video shorter than a view: ``loop`` it, ``repeat`` its last frame, or ``skip`` it. Audio
-    views, if any, begin with the first video view plus ``audio_jitter_s`` * U(-1, 1).
+    views, if any, begin with the first video view plus ``audio_jitter_s`` * U(-1, 1). silence: see `sound_mask`;
+    redraw draws again, up to 10 times, where a window of sound is digital silence.
     """
 
     views: tuple[View, ...]
     shared: bool = True
     short: Short = "loop"
     audio_jitter_s: float = 0.0
+    silence: Silence = "keep"
 
     def __call__(self, record: VideoRecord, rng: Draws, draw: int) -> Drawn:
         """See `Planner`."""
+        return Drawn(audible(record, self.silence, lambda: self._draw(record, rng)))
+
+    def _draw(self, record: VideoRecord, rng: Draws) -> tuple[Span, ...]:
         video = [view for view in self.views if view.modality != "audio"]
         longest = max(video, key=lambda view: view.extent(record))
         common = random_start(longest, record, rng)
@@ -177,7 +243,7 @@ class Clips:
             start = common if self.shared else random_start(view, record, rng)
             spans.append(clip_span(view, record, start, self.short))
             first_s = spans[-1].start_s if first_s is None else first_s
-        return Drawn(tuple(spans))
+        return tuple(spans)
 
     def usable(self, index: ShardIndex) -> np.ndarray:
         """Records with frames (enough of them if ``short`` is skip), and with sound if a view needs it."""
@@ -186,7 +252,7 @@ class Clips:
             raise ValueError("Clips needs at least one video view")
         mask = _long_enough(index, video, self.short)
         if len(video) < len(self.views):
-            mask &= index.column("num_samples") > 0
+            mask &= sound_mask(index, self.silence, [view for view in self.views if view.modality == "audio"])
         return mask
 
 
@@ -195,12 +261,14 @@ class Uniform:
     """Evaluation clips: ``clips`` starts evenly spread over the video, concatenated in time order per view.
 
     A view of T frames gives T * clips frames; starts are floor(i * (F - extent) / (clips - 1)), or the middle for one
-    clip. Short videos loop. Deterministic: nothing is drawn. Audio views are cut at the same instants.
+    clip. Short videos loop. Deterministic: nothing is drawn. An audio view is the middle of the record. silence: which
+    records are usable, see `sound_mask`; nothing is drawn again.
     """
 
     views: tuple[View, ...]
     clips: int = 1
     short: Short = "loop"
+    silence: Silence = "keep"
 
     def __call__(self, record: VideoRecord, rng: Draws, draw: int) -> Drawn:
         """See `Planner`."""
@@ -224,8 +292,8 @@ class Uniform:
         mask = np.ones(len(index), bool)
         if any(view.modality != "audio" for view in self.views):
             mask &= _long_enough(index, [view for view in self.views if view.modality != "audio"], self.short)
-        if any(view.modality == "audio" for view in self.views):
-            mask &= index.column("num_samples") > 0
+        if sound := [view for view in self.views if view.modality == "audio"]:
+            mask &= sound_mask(index, self.silence, sound)
         return mask
 
 
@@ -276,50 +344,66 @@ class LongShort:
     """A long view and the short views that tile it.
 
     The first ``num_long`` views are long and share one clip; the next views are short: view i covers frames
-    i*T_s .. (i+1)*T_s - 1 of the long clip. Videos shorter than the long clip loop.
+    i*T_s .. (i+1)*T_s - 1 of the long clip. With ``starts`` view i begins at frame ``starts[i]`` of the long clip and
+    goes on with its own stride, so that views may overlap or go slower. Videos shorter than the long clip loop.
     """
 
     views: tuple[View, ...]
     num_long: int = 1
+    starts: tuple[int, ...] = ()
 
     def __call__(self, record: VideoRecord, rng: Draws, draw: int) -> Drawn:
         """See `Planner`."""
         long = self.views[0]
-        whole = clip_span(long, record, random_start(long, record, rng))
-        spans = [
-            Span(view=view.name, frames=whole.frames, start_s=whole.start_s) for view in self.views[: self.num_long]
-        ]
-        first = 0
-        for view in self.views[self.num_long :]:
+        start = random_start(long, record, rng)
+        whole = clip_span(long, record, start)
+        spans = [replace(whole, view=view.name) for view in self.views[: self.num_long]]
+        for view, first in zip(self.views[self.num_long :], self._starts(), strict=True):
             frames = whole.frames[first : first + view.num_frames]
+            if self.starts:
+                frames = clip_span(view, record, start + first * long.stride).frames
             spans.append(Span(view=view.name, frames=frames, start_s=float(frames[0] / record.fps)))
-            first += view.num_frames
         return Drawn(tuple(spans))
 
     def usable(self, index: ShardIndex) -> np.ndarray:
         """Records with frames."""
-        short = sum(view.num_frames for view in self.views[self.num_long :])
-        if any(view.num_frames != self.views[0].num_frames for view in self.views[: self.num_long]):
+        long, short = self.views[0], self.views[self.num_long :]
+        if any(view.num_frames != long.num_frames for view in self.views[: self.num_long]):
             raise ValueError("LongShort needs long views of one length")
-        if short > self.views[0].num_frames:
-            raise ValueError(f"the short views cover {short} frames, the long view has {self.views[0].num_frames}")
+        if len(self._starts()) != len(short):
+            raise ValueError(f"{len(short)} short views need as many starts, got {self.starts}")
+        if self.starts and any(view.fps is not None for view in (long, *short)):
+            raise ValueError("LongShort with starts needs views with a stride, not with fps")
+        for view, first in zip(short, self._starts(), strict=True):
+            end = first + (view.num_frames - 1) * (view.stride / long.stride if self.starts else 1) + 1
+            if first < 0 or end > long.num_frames:
+                raise ValueError(f"the short views cover {end:g} frames, the long view has {long.num_frames}")
         return index.column("num_frames") > 0
+
+    def _starts(self) -> tuple[int, ...]:
+        if self.starts:
+            return self.starts
+        lengths = [view.num_frames for view in self.views[self.num_long :]]
+        return tuple(sum(lengths[:number]) for number in range(len(lengths)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sound:
-    """One random window of sound per view, for records without or regardless of pictures."""
+    """One random window of sound per view, for records without or regardless of pictures. silence: as in `Clips`."""
 
     views: tuple[View, ...]
+    silence: Silence = "keep"
 
     def __call__(self, record: VideoRecord, rng: Draws, draw: int) -> Drawn:
         """See `Planner`."""
-        length_s = record.num_samples / record.audio_hz
-        spans = [
+        return Drawn(audible(record, self.silence, lambda: self._draw(record, rng)))
+
+    def _draw(self, record: VideoRecord, rng: Draws) -> tuple[Span, ...]:
+        length_s = record.num_samples / max(record.audio_hz, 1)
+        return tuple(
             audio_span(view, record, rng.uniform(0.0, max(length_s - view.duration_s, 0.0))) for view in self.views
-        ]
-        return Drawn(tuple(spans))
+        )
 
     def usable(self, index: ShardIndex) -> np.ndarray:
-        """Records with sound."""
-        return index.column("num_samples") > 0
+        """Records with sound, as the policy wants it."""
+        return sound_mask(index, self.silence, self.views)

@@ -1,98 +1,115 @@
 """Decode processes: the same engine as in `clipmill.pipeline.fill`, behind shared memory.
 
-Python's own part of decoding is a ceiling for one process. Each worker process makes whole batches: it plans, decodes
-with its own threads and writes straight into a ring slot that the parent maps too. Only small control messages cross
-the pipe; pictures and tables never do.
+Python's own part of decoding is a ceiling for one process, and media that crash a decoder must not end a training. Each
+worker process makes whole batches: it plans, decodes with its own threads and writes straight into a ring slot that the
+parent maps too. Only small control messages cross the pipe; pictures and tables never do.
+
+When a process dies, a new one makes its unfinished batches again, one at a time and row by row. If it dies again, the
+row it was at (`Slot.flight`) names the record to blame, which is replaced like any damaged one. So a process killed
+from outside changes nothing, and a record that crashes the decoder is left out in the same way every time.
 """
 
 from __future__ import annotations
 
 import contextlib
-import mmap
 import multiprocessing
-import os
-import tempfile
+import signal
 import threading
+from collections import deque
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from pathlib import Path
 
-import numpy as np
-
+from clipmill.pipeline.cache import FrameCache
 from clipmill.pipeline.fill import Engine, Filled
+from clipmill.pipeline.memory import SharedBuffer
 from clipmill.pipeline.order import Order
 from clipmill.pipeline.record import ShardIndex
 from clipmill.pipeline.slot import Job, Shape, Slot
 from clipmill.pipeline.views import Planner
 
+_MAX_DEATHS = 3  # in a row that tell nothing new
+_MAX_BLAMED = 20  # records of one batch
+
 
 class WorkerDiedError(RuntimeError):
-    """A decode process ended without an answer."""
+    """A decode process ended again and again without an answer."""
 
 
-class SharedBuffer:
-    """A file in memory (``/dev/shm`` where there is one) that several processes map and that can grow."""
+@dataclass(slots=True, eq=False)
+class _Request:
+    """One batch that was asked for."""
 
-    def __init__(self, path: str | None = None) -> None:
-        if path is None:
-            folder = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-            handle, path = tempfile.mkstemp(prefix="clipmill-", suffix=".slot", dir=folder)
-            os.close(handle)
-        self.path = path
-        self.array = np.empty(0, np.uint8)
-
-    def fit(self, size: int) -> np.ndarray:
-        """Map at least ``size`` bytes, growing the file if it is smaller, and return the mapping."""
-        if len(self.array) < size:
-            with open(self.path, "r+b") as file:
-                if os.fstat(file.fileno()).st_size < size:
-                    os.posix_fallocate(file.fileno(), 0, size)
-                size = os.fstat(file.fileno()).st_size
-                self.array = np.frombuffer(mmap.mmap(file.fileno(), size), np.uint8)
-        return self.array
-
-    def unlink(self) -> None:
-        """Remove the name; existing mappings stay valid until dropped."""
-        Path(self.path).unlink(missing_ok=True)
+    number: int
+    job: Job
+    path: str
+    order: Order
+    future: Future[tuple[Filled, int]]
+    skips: dict[int, int] = field(default_factory=dict)
+    blamed: dict[int, str] = field(default_factory=dict)
+    alone: bool = False
 
 
 class WorkerProcess:
-    """The parent's end of one decode process; `submit` mirrors `Engine.submit`."""
+    """The parent's end of one decode process; `submit` mirrors `Engine.submit`.
+
+    Attribute ``deaths``: how often the process had to be replaced.
+    """
 
     def __init__(
-        self, index: ShardIndex, planner: Planner, order: Order, shape: Shape, *, threads: int, decoder: str
+        self,
+        index: ShardIndex,
+        planner: Planner,
+        order: Order,
+        shape: Shape,
+        *,
+        threads: int,
+        decoder: str,
+        cache: FrameCache | None = None,
     ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, child = context.Pipe()
-        arguments = (child, index, planner, order, shape, threads, decoder)
-        self._process = context.Process(target=_serve, args=arguments, daemon=True, name="clipmill-decode")
-        self._process.start()
-        child.close()
-        self._waiting: dict[int, Future[tuple[Filled, int]]] = {}
+        self.deaths = 0
+        self._unexplained = 0  # deaths in a row without an answer or a record to blame
+        self._shape = shape
+        self._order = order
+        self._arguments = (index, planner, shape, threads, decoder, cache)
+        self._waiting: deque[_Request] = deque()  # in the order they were asked for
+        self._sent = 0  # of them
         self._next = 0
+        self._over = False
         self._lock = threading.Lock()
+        self._start()
         self._listener = threading.Thread(target=self._listen, daemon=True, name="clipmill-listen")
         self._listener.start()
 
     def submit(self, job: Job, path: str) -> Future[tuple[Filled, int]]:
         """Make batch ``job`` in the shared buffer at ``path``; resolves to the outcome and the buffer's size."""
-        future: Future[tuple[Filled, int]] = Future()
         with self._lock:
-            if not self._process.is_alive():
+            if self._over:
                 raise WorkerDiedError(self._obituary())
-            self._waiting[self._next] = future
-            self._pipe.send((self._next, job, path))
+            request = _Request(self._next, job, path, self._order, Future())
             self._next += 1
-        return future
+            self._waiting.append(request)
+            self._send()
+        return request.future
 
     def set_order(self, order: Order) -> None:
         """Use another order for jobs submitted from now on."""
-        self._pipe.send(order)
+        with self._lock:
+            self._order = order
+
+    @property
+    def pid(self) -> int:
+        """Number of the process that is at work now."""
+        pid = self._process.pid
+        assert pid is not None
+        return pid
 
     def close(self) -> None:
         """End the process."""
-        with contextlib.suppress(OSError, BrokenPipeError):
-            self._pipe.send(None)
+        with self._lock:
+            self._over = True
+            with contextlib.suppress(OSError):
+                self._pipe.send(None)
         self._process.join(timeout=5)
         if self._process.is_alive():
             self._process.kill()
@@ -100,36 +117,116 @@ class WorkerProcess:
         self._listener.join(timeout=5)
         self._pipe.close()
 
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, child = context.Pipe()
+        self._at_order = self._order
+        arguments = (child, self._order, *self._arguments)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True, name="clipmill-decode")
+        self._process.start()
+        child.close()
+
+    def _send(self) -> None:
+        """Pass on what may be passed on; after a death, batches from before it go one at a time."""
+        with contextlib.suppress(OSError):  # it has just died: the listener will know
+            while self._sent < len(self._waiting):
+                request = self._waiting[self._sent]
+                if self._sent and (request.alone or self._waiting[0].alone):
+                    break
+                if request.order is not self._at_order:
+                    self._pipe.send(request.order)
+                    self._at_order = request.order
+                self._pipe.send((request.number, request.job, request.path, request.skips, request.alone))
+                self._sent += 1
+
     def _listen(self) -> None:
         while True:
             try:
                 number, filled, size, error = self._pipe.recv()
             except (EOFError, OSError):
+                if self._revive():
+                    continue
                 break
             with self._lock:
-                future = self._waiting.pop(number)
+                self._unexplained = 0
+                request = next(one for one in self._waiting if one.number == number)
+                self._waiting.remove(request)
+                self._sent -= 1
+                self._send()
             if error is not None:
-                future.set_exception(error)
+                request.future.set_exception(error)
             else:
-                future.set_result((filled, size))
+                filled.damaged.update(request.blamed)
+                request.future.set_result((filled, size))
         with self._lock:
-            for future in self._waiting.values():
-                future.set_exception(WorkerDiedError(self._obituary()))
+            self._over = True
+            left = list(self._waiting)
             self._waiting.clear()
+        for request in left:
+            request.future.set_exception(WorkerDiedError(self._obituary()))
+
+    def _revive(self) -> bool:
+        """Put a new process in the place of a dead one; False if there is no use in it."""
+        with self._lock:
+            if self._over:
+                return False
+            self._process.join(timeout=5)
+            self.deaths += 1
+            unfinished = [self._waiting[i] for i in range(self._sent)]
+            blamed = [self._blame(request) for request in unfinished]
+            self._unexplained = 0 if any(blamed) else self._unexplained + 1
+            if self._unexplained > _MAX_DEATHS or any(len(one.blamed) > _MAX_BLAMED for one in unfinished):
+                return False
+            for request in unfinished:
+                request.alone = True
+            self._sent = 0
+            self._pipe.close()
+            self._start()
+            self._send()
+        return True
+
+    def _blame(self, request: _Request) -> bool:
+        """If a batch was being made alone, book the record that was in work as damaged."""
+        buffer = SharedBuffer(request.path)
+        slot = Slot(buffer.fit(Slot.header_bytes(self._shape)), self._shape)
+        rows = (slot.flight == 1).nonzero()[0].tolist()
+        found = request.alone and len(rows) == 1
+        if found:
+            request.skips[rows[0]] = request.skips.get(rows[0], 0) + 1
+            reason = f"decoding it ends the process ({_ending(self._process.exitcode)})"
+            request.blamed[int(slot.samples["index"][rows[0]])] = reason
+        slot.flight[:] = 0
+        buffer.close()
+        return found
 
     def _obituary(self) -> str:
-        self._process.join(timeout=1)
         return (
-            f"decode process {self._process.pid} ended with code {self._process.exitcode}; "
-            "a negative code is a signal (-9: out of memory). Try fewer processes or `clipmill verify`"
+            f"decode process {self._process.pid} ended with {_ending(self._process.exitcode)}, {self.deaths} times in "
+            "all; signal 9 is most often a lack of memory. Try fewer processes or `clipmill verify`"
         )
 
 
+def _ending(code: int | None) -> str:
+    """An exit code in words."""
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    known = {item.value: item.name for item in signal.Signals}
+    return f"signal {-code}, {known.get(-code, 'unknown')}"
+
+
 def _serve(
-    pipe: Connection, index: ShardIndex, planner: Planner, order: Order, shape: Shape, threads: int, decoder: str
+    pipe: Connection,
+    order: Order,
+    index: ShardIndex,
+    planner: Planner,
+    shape: Shape,
+    threads: int,
+    decoder: str,
+    cache: FrameCache | None,
 ) -> None:
     """The loop of a decode process."""
-    engine = Engine(index, planner, order, shape, threads=threads, decoder=decoder)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
+    engine = Engine(index, planner, order, shape, threads=threads, decoder=decoder, cache=cache)
     buffers: dict[str, SharedBuffer] = {}
     lock = threading.Lock()
 
@@ -156,8 +253,10 @@ def _serve(
         if isinstance(message, Order):
             engine.set_order(message)
             continue
-        number, job, path = message
-        buffer = buffers.setdefault(path, SharedBuffer(path))
-        future = engine.submit(job, lambda size, buffer=buffer: Slot(buffer.fit(size), shape))
+        number, job, path, skips, alone = message
+        if path not in buffers:
+            buffers[path] = SharedBuffer(path)
+        buffer = buffers[path]
+        future = engine.submit(job, lambda size, buffer=buffer: Slot(buffer.fit(size), shape), skips, alone)
         future.add_done_callback(lambda done, number=number, buffer=buffer: answer(number, buffer, done))
     engine.close()

@@ -12,7 +12,6 @@ from torchvision.transforms.v2 import functional as TF
 
 from clipmill.pipeline import augment as A
 from clipmill.pipeline.draws import fold
-from clipmill.pipeline.kernels import render
 from clipmill.pipeline.slot import crop_table
 from clipmill.pipeline.spec import (
     MATRICES,
@@ -84,32 +83,6 @@ def run(spec, planes, draws=(1,), **kwargs):
     payload, items, keys = pack(spec, planes, draws, **kwargs)
     params = A.op_params(spec, keys, items.shape[1], fold("batch"), "v")
     return A.augment(payload, items, spec, params), items, params
-
-
-ALL = VideoSpec(size=40, ops=(Gray(p=0.3), Jitter(p=0.9), Blur(p=0.7), Flip(), Normalize()))
-KERNEL_SPECS = {
-    "all": ALL,
-    "per frame": VideoSpec(size=40, ops=ALL.ops, per_frame=True),
-    "enlarge": VideoSpec(size=150, ops=(Flip(),)),
-    "bicubic": VideoSpec(size=30, ops=(), interpolation="bicubic", antialias=False),
-    "centre": eval_spec(48),
-    "v1": moco_v1(32),
-    "simclr": simclr(32),
-    "rest by torch": VideoSpec(size=32, ops=(Flip(), Cutout(), Normalize()), per_frame=True),
-    "hue": VideoSpec(size=32, ops=(Jitter(brightness=0, contrast=0, saturation=0, hue=0.5, p=1),)),
-}
-
-
-@pytest.mark.parametrize("name", KERNEL_SPECS)
-@pytest.mark.parametrize("matrix", ["bt601", "bt709"])
-def test_the_cpu_kernel_equals_the_reference(name, matrix):
-    spec = KERNEL_SPECS[name]
-    payload, items, keys = pack(spec, random_yuv(3, 72, 100), draws=range(7), matrix=matrix)
-    params = A.op_params(spec, keys, items.shape[1], fold("batch"), "v")
-    expected = A.augment(payload, items, spec, params)
-    out = render(payload, items, spec, params)
-    assert out.shape == expected.shape == (7, 3, 3, spec.size, spec.size)
-    assert (out - expected).abs().max() < 2e-4
 
 
 def absolute_box(item):

@@ -113,6 +113,23 @@ def test_long_short_views_tile_the_long_clip():
     assert spans[3].start_s == spans[3].frames[0] / 25
 
 
+def test_short_views_may_overlap_or_go_slower(dataset):
+    long = View(name="long", num_frames=10, stride=4)
+    slow = View(name="s0", num_frames=3, stride=2)
+    planner = LongShort(views=(long, slow, View(name="s1", num_frames=4, stride=4)), starts=(2, 6))
+    whole, first, second = (span.frames for span in draw(planner, record(), 5))
+    assert first == (whole[2], whole[2] + 2, whole[3])
+    assert second == whole[6:]
+    assert planner.usable(dataset).all()
+    looped = [span.frames for span in draw(planner, record(7), 5)]
+    assert looped == [tuple(4 * k % 7 for k in range(10)), (1, 3, 5), tuple(4 * k % 7 for k in range(6, 10))]
+    beyond = LongShort(views=planner.views, starts=(2, 7))
+    with pytest.raises(ValueError, match="the short views cover 11 frames, the long view has 10"):
+        beyond.usable(dataset)
+    with pytest.raises(ValueError, match="2 short views need as many starts"):
+        LongShort(views=planner.views, starts=(0,)).usable(dataset)
+
+
 def test_uniform_clips_cover_the_video():
     view = View(name="a", num_frames=4)
     (span,) = draw(Uniform(views=(view,), clips=3), record(24))
