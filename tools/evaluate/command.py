@@ -15,7 +15,7 @@ from clipmill.tools.evaluate.evaluator import benchmark_module, benchmarks
 from clipmill.tools.progress import Progress
 
 C = TypeVar("C")
-RANDOM = "random:"
+UNTRAINED = ("random:", "baseline:")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,11 +25,13 @@ class Args(Generic[C]):
     benchmark: Annotated[str, tyro.conf.Suppress] = ""
     encoder: tyro.conf.Positional[str]
     """Run folder or encoder folder; or random:FOLDER, the same encoder before training; or
-    random:BACKBONE[:width=0.25,seed=1], an untrained one."""
+    random:BACKBONE[:width=0.25,seed=1], an untrained one; or baseline:lab, the colours of raw pixels. - with
+    --score-only."""
     data: tyro.conf.Positional[Path]
-    """Data set folder made by `clipmill pack`."""
+    """Data set folder made by `clipmill pack`; for davis, jhmdb and vip the folder of the corpus itself."""
     out: Path | None = None
-    """Folder for score.json, tables and pictures; default: evaluate/BENCHMARK in the run folder."""
+    """Folder for score.json, tables and pictures; default: evaluate/BENCHMARK in the run folder, or the folder that
+    --score-only names."""
     json: bool = False
     """Print score.json instead of tables."""
     config: C
@@ -70,7 +72,7 @@ def main(args: Args[Any]) -> int:
 
     from clipmill.tools.evaluate.opening import open_encoder
 
-    encoder = open_encoder(args.encoder)
+    encoder = None if _rescored(args) is not None else open_encoder(args.encoder)
     out, config = _placed(args)
     with ExitStack() as stack:
         evaluate = benchmark_module(args.benchmark).evaluate
@@ -85,11 +87,19 @@ def main(args: Args[Any]) -> int:
     return 0
 
 
+def _rescored(args: Args[Any]) -> Path | None:
+    """The folder of results that are scored without an encoder; None where an encoder is measured."""
+    return getattr(args.config, "score_only", None)
+
+
 def _placed(args: Args[Any]) -> tuple[Path, Any]:
     """Where the report goes, and the options; inside a run folder its benchmarks share one cache of features."""
     if args.out is not None:
         return args.out, args.config
-    if args.encoder.startswith(RANDOM):
+    rescored = _rescored(args)
+    if rescored is not None:
+        return rescored, args.config
+    if args.encoder.startswith(UNTRAINED):
         raise ValueError(
             f"an untrained encoder ({args.encoder}) has no run folder; say with --out where the score goes"
         )

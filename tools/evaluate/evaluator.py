@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from clipmill.pipeline.config import to_json
+from clipmill.tools.runs import flat
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,9 +82,11 @@ class Report:
         return path
 
     def show(self, console: Console) -> None:
-        """Print the metrics, and the rows if they are few, as tables."""
+        """Print the settings, the metrics and, if they are few, the rows."""
         from rich.table import Table
 
+        for name, value in flat(json.loads(json.dumps(to_json(self.settings), default=_plain))):
+            console.print(f"{name} = {value}", markup=False, highlight=False)
         table = Table(title=self.benchmark, show_header=False)
         table.add_column(justify="left")
         table.add_column(justify="right")

@@ -99,6 +99,11 @@ class Features:
         """(N, D), averaged over views."""
         return self.feature.mean(1)
 
+    @property
+    def moments(self) -> np.ndarray:
+        """(N, 2 D), mean and standard deviation over views: what changes in time, seen through single frames."""
+        return np.concatenate([self.feature.mean(1), self.feature.std(1)], 1)
+
 
 def stack_views(batch: ClipBatch, plan: EvalPlan) -> Tensor:
     """The inputs of a batch, (B, V, ...), clip by clip: (B, V, C, T, H, W) or (B, V, 1, mels, frames)."""

@@ -13,17 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from clipmill.models.encoder import Encoder
-from clipmill.pipeline.draws import Draws
 from clipmill.tools.evaluate.classification import classification
 from clipmill.tools.evaluate.evaluator import Progress, Report, silent
 from clipmill.tools.evaluate.features import Compute, Features
-from clipmill.tools.evaluate.frozen import Frozen, frozen_features
+from clipmill.tools.evaluate.frozen import frozen_features
+from clipmill.tools.evaluate.neighbours import STRIP_FILE, neighbour_strip
 from clipmill.tools.evaluate.opening import Splits
-from clipmill.tools.evaluate.pictures import strip_picture, thumbnails
 from clipmill.tools.evaluate.views import Views
 from clipmill.tools.metrics import hit_rates, retrieve, unit_rows
 
-STRIP_FILE = "neighbours.png"
 HIT_RATES = (1, 5, 10, 20, 50)
 
 
@@ -67,7 +65,7 @@ def evaluate(encoder: Encoder, root: Path, out: Path, config: Config, *, progres
     rates = hit_rates(near_labels, data.unseen.label, depths)
     artefacts = list(outcome.artefacts)
     if config.pictures > 0:
-        _strip(out / STRIP_FILE, data, numbers, similarity, config)
+        neighbour_strip(out / STRIP_FILE, data, numbers, similarity, config.pictures, config.compute.loader)
         artefacts.append(STRIP_FILE)
     return Report(
         benchmark="knn",
@@ -89,21 +87,3 @@ def vote(labels_Nk: np.ndarray, similarity_Nk: np.ndarray, num_classes: int, tem
 
 def _pooled(features: Features, config: Config) -> np.ndarray:
     return unit_rows(features.feature).mean(1) if config.unit_clips else features.mean
-
-
-def _strip(path: Path, data: Frozen, numbers: np.ndarray, similarity: np.ndarray, config: Config) -> None:
-    """Some test records and their nearest training records; which ones depends on the number of records only."""
-    columns = min(8, numbers.shape[1])
-    count = min(config.pictures, len(data.test))
-    chosen = np.array(sorted(Draws(len(data.test), "strip").distinct(len(data.test), count)))
-    near = numbers[chosen, :columns]
-    queries = thumbnails(data.test, chosen, config.compute.loader)
-    neighbours = thumbnails(data.train, near.reshape(-1), config.compute.loader)
-    label, near_label = data.unseen.label[chosen], data.seen.label[near]
-    titles = [
-        [data.classes[label[row]]]
-        + [f"{similarity[chosen[row], i]:.2f} {data.classes[near_label[row, i]]}" for i in range(columns)]
-        for row in range(count)
-    ]
-    shape = (count, columns, *queries.shape[1:])
-    strip_picture(path, queries, list(neighbours.reshape(shape)), titles, near_label == label[:, None])

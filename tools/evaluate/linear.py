@@ -25,6 +25,8 @@ from clipmill.tools.evaluate.opening import Splits, smallest_hashes
 from clipmill.tools.evaluate.views import Views
 from clipmill.tools.metrics import Average, average_views, topk_accuracy, unit_rows
 
+Pooling = Literal["features", "moments", "prob", "score"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
@@ -46,8 +48,9 @@ class Config:
     """Share of the training split on which options are chosen, before training on all of it."""
     scaling: Literal["standard", "unit", "none"] = "standard"
     """Features: standardised with training statistics, scaled to length 1, or as they are."""
-    average: Literal["features", "prob", "score"] = "features"
-    """Of a record's views: average their features, or train on every view and average what it gives."""
+    average: Pooling = "features"
+    """Of a record's views: average their features; take their mean and standard deviation (moments: lets an encoder of
+    single frames see motion); or train on every view and average what it gives (prob, score)."""
     seed: int = 0
     """Of the order of mini-batches."""
     views: Views = field(default_factory=Views)
@@ -66,6 +69,10 @@ class Config:
 def evaluate(encoder: Encoder, root: Path, out: Path, config: Config, *, progress: Progress = silent) -> Report:
     """Train on the training split's features and score the test split. See `Evaluator`."""
     keep_views = config.average != "features"
+    if config.average == "moments" and config.views.clips < 2:
+        raise ValueError(
+            f"average = moments needs at least 2 views of time per record, got clips = {config.views.clips}"
+        )
     data = frozen_features(encoder, root, out, config, keep_views=keep_views, progress=progress)
     (lr, weight_decay), tried = choose(data.seen, len(data.classes), config, progress)
     probe = fit(data.seen, len(data.classes), config, lr, weight_decay)
@@ -94,9 +101,9 @@ class Probe:
     scale: np.ndarray
     unit: bool
 
-    def scores(self, features: Features, average: Literal["features", "prob", "score"]) -> np.ndarray:
+    def scores(self, features: Features, average: Pooling) -> np.ndarray:
         """(N, K) class scores."""
-        x = features.mean[:, None] if average == "features" else features.feature
+        x = _inputs(features, average)
         x = unit_rows(x) if self.unit else (x - self.shift) / self.scale
         how: Average = "prob" if average == "prob" else "score"
         return average_views(x @ self.weight + self.bias, how)
@@ -145,7 +152,7 @@ def held_out(features: Features, fraction: float) -> np.ndarray:
 
 def fit(features: Features, num_classes: int, config: Config, lr: float, weight_decay: float) -> Probe:
     """Train on all records; with view-wise averages every view is a row of its own."""
-    views = features.mean[:, None] if config.average == "features" else features.feature
+    views = _inputs(features, config.average)
     rows = np.ascontiguousarray(views.reshape(-1, views.shape[-1]))
     labels = np.repeat(features.label, views.shape[1])
     shift, scale = np.zeros(rows.shape[1], np.float32), np.ones(rows.shape[1], np.float32)
@@ -196,6 +203,13 @@ def _sgd(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, config: Config, lr:
             F.cross_entropy(x[rows] @ weight + bias, y[rows]).backward()
             solver.step()
             schedule.step()
+
+
+def _inputs(features: Features, average: Pooling) -> np.ndarray:
+    """(N, V, D): the vectors that are classified, one per record or one per view."""
+    if average in ("prob", "score"):
+        return features.feature
+    return (features.moments if average == "moments" else features.mean)[:, None]
 
 
 def _rows(features: Features, mask: np.ndarray) -> Features:

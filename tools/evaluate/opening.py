@@ -11,25 +11,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from clipmill.models.encoder import ENCODER_META, Encoder, build_encoder, encoder_meta, load_encoder
+from clipmill.models.encoder import ENCODER_META, Encoder, build_encoder, load_encoder
 from clipmill.pipeline.draws import fold, fold_array
 from clipmill.pipeline.record import ShardIndex
 from clipmill.pipeline.views import View
-from clipmill.tools.evaluate.views import audio_view_from_json
+from clipmill.tools.evaluate.baselines import BASELINE, baseline
 
 RANDOM = "random:"
 
 
 def open_encoder(text: str, device: str = "cpu") -> Encoder:
-    """An encoder by name: a run folder, an encoder folder, or ``random:...`` for an untrained baseline.
+    """An encoder by name: a run folder, an encoder folder, ``random:...`` for an untrained one, or ``baseline:lab``.
 
     ``random:FOLDER`` is the encoder of that folder before training; ``random:BACKBONE:width=0.25,seed=1`` builds one.
     The same text gives the same weights.
     """
+    if text.startswith(BASELINE):
+        return baseline(text.removeprefix(BASELINE)).to(device)
     if not text.startswith(RANDOM):
-        encoder = load_encoder(text, device)
-        _remember_sound(encoder, Path(text))
-        return encoder
+        return load_encoder(text, device)
     name, _, rest = text.removeprefix(RANDOM).partition(":")
     options = _options(text, rest)
     seed = options.pop("seed", 0)
@@ -38,9 +38,7 @@ def open_encoder(text: str, device: str = "cpu") -> Encoder:
     if (Path(name) / ENCODER_META).is_file():
         if options:
             raise ValueError(f"{text}: a folder fixes the backbone's options; only seed=... may follow")
-        trained = load_encoder(name)
-        _remember_sound(trained, Path(name))
-        return untrained(trained, seed).to(device)
+        return untrained(load_encoder(name), seed).to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_encoder(name, **options).to(device)
@@ -55,19 +53,13 @@ def untrained(encoder: Encoder, seed: int = 0) -> Encoder:
         torch.manual_seed(seed)
         fresh = build_encoder(recipe["name"], **recipe["options"])
     fresh.spec = encoder.spec
-    fresh.audio_view = stored_audio_view(encoder)  # type: ignore[assignment]
+    fresh.audio_view = encoder.audio_view
     return fresh
 
 
 def stored_audio_view(encoder: Encoder) -> View | None:
     """How the run that made this encoder prepared its sound; None if nothing is known."""
-    return getattr(encoder, "audio_view", None)
-
-
-def _remember_sound(encoder: Encoder, folder: Path) -> None:
-    extra = encoder_meta(folder)["extra"]
-    if "audio_view" in extra:
-        encoder.audio_view = audio_view_from_json(extra["audio_view"])  # type: ignore[assignment]
+    return encoder.audio_view
 
 
 def _options(text: str, rest: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ planner for the loader that draws nothing. The arithmetic of the common protocol
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -17,7 +17,7 @@ from clipmill.models.encoder import InputSpec
 from clipmill.pipeline.draws import Draws
 from clipmill.pipeline.record import ShardIndex, VideoRecord
 from clipmill.pipeline.spec import AudioSpec, Boxes, CenterCrop, Crop, Flip, LogMel, Normalize, Op, VideoSpec
-from clipmill.pipeline.views import Drawn, Planner, Short, Span, Uniform, View, audio_span, within
+from clipmill.pipeline.views import Drawn, Planner, Short, Span, Uniform, View, audio_span, clip_span, within
 
 Box = tuple[int, int, int, int]
 AUDIO_DURATION_S = 2.0  # where nothing else is known
@@ -80,6 +80,41 @@ class Spread:
                 frames = np.concatenate([frames, frames])
             numbers = within(frames.reshape(-1), record.num_frames, "repeat")
             spans.append(Span(view=view.name, frames=numbers, start_s=float(numbers[0] / record.fps)))
+        return Drawn(tuple(spans))
+
+    def usable(self, index: ShardIndex) -> np.ndarray:
+        """Records with frames."""
+        return index.column("num_frames") > 0
+
+
+def rounded_starts(last: int, clips: int) -> np.ndarray:
+    """Evenly spread starts (clips,) from 0 to ``last``, each rounded to the nearest frame, counted from 1, half to even.
+
+    >>> rounded_starts(3, 3).tolist()  # 2.5 becomes frame 2
+    [0, 1, 3]
+    """
+    return np.rint(np.linspace(1, last + 1, clips)).astype(np.int64) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounded:
+    """Test clips from the first to the last moment, at `rounded_starts`, concatenated per view. A `Planner`.
+
+    VCLR's 30 single frames; a video of fewer frames repeats some. Nothing is drawn.
+    """
+
+    views: tuple[View, ...]
+    clips: int = 1
+    short: Short = "loop"
+
+    def __call__(self, record: VideoRecord, rng: Draws, draw: int) -> Drawn:
+        """See `Planner`."""
+        spans = []
+        for view in self.views:
+            starts = rounded_starts(max(record.num_frames - view.extent(record), 0), self.clips)
+            parts = [clip_span(view, record, start, self.short) for start in starts.tolist()]
+            frames = tuple(frame for part in parts for frame in part.frames)
+            spans.append(Span(view=view.name, frames=frames, start_s=parts[0].start_s))
         return Drawn(tuple(spans))
 
     def usable(self, index: ShardIndex) -> np.ndarray:
@@ -186,8 +221,9 @@ class Views:
 
     clips: int = 4
     """Clips (or windows of sound) per record, evenly spread over its time."""
-    spacing: Literal["uniform", "middle"] = "uniform"
-    """uniform: the first clip begins with the video, the last ends with it. middle: one in the middle of each part."""
+    spacing: Literal["uniform", "middle", "rounded"] = "uniform"
+    """uniform: the first clip begins with the video, the last ends with it, starts rounded down; rounded: the same,
+    starts rounded to the nearest frame. middle: one in the middle of each part."""
     crops: Literal["centre", "three", "ten"] = "centre"
     """Crops per clip: centre; both ends and the middle; four corners and centre with their mirror images."""
     frames: int | None = None
@@ -240,13 +276,16 @@ def eval_views(spec: InputSpec, options: Views, audio_view: View | None = None) 
     planner: Planner = Uniform(views=views, clips=options.clips, short=options.short)
     if options.spacing == "middle":
         planner = Spread(views=views, clips=options.clips, short=options.short)
+    elif options.spacing == "rounded":
+        planner = Rounded(views=views, clips=options.clips, short=options.short)
     return EvalPlan(planner=planner, modality="video", clips=options.clips, crops=len(views))
 
 
 def clip_shape(spec: InputSpec, options: Views) -> dict[str, Any]:
     """num_frames, stride and fps of a video view."""
     stride = options.stride or (1 if options.fps else spec.stride)
-    return {"num_frames": options.frames or spec.num_frames, "stride": stride, "fps": options.fps}
+    fps = options.fps or (None if options.stride else spec.fps)
+    return {"num_frames": options.frames or spec.num_frames, "stride": stride, "fps": fps}
 
 
 def normalize(spec: InputSpec) -> Normalize:
@@ -296,19 +335,3 @@ def plain_audio_view(spec: InputSpec, stored: View | None = None, duration_s: fl
 
 def _renamed(view: View, name: str) -> View:
     return View(name=name, modality="audio", duration_s=view.duration_s, augment=view.augment)
-
-
-def audio_view_to_json(view: View) -> dict[str, Any]:
-    """What has to be stored with an audio encoder so that its sound is prepared the same way later."""
-    spec = view.augment
-    if not isinstance(spec, AudioSpec):
-        raise ValueError(f"view {view.name!r} is not an audio view")
-    mel = asdict(spec.logmel) if spec.logmel is not None else None
-    return {"duration_s": view.duration_s, "hz": spec.hz, "logmel": mel}
-
-
-def audio_view_from_json(data: Mapping[str, Any]) -> View:
-    """The inverse of `audio_view_to_json`, without random operators."""
-    mel = LogMel(**data["logmel"]) if data["logmel"] is not None else None
-    spec = AudioSpec(hz=data["hz"], logmel=mel)
-    return View(name="window", modality="audio", duration_s=data["duration_s"], augment=spec)

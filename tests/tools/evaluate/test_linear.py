@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
+from clipmill.models.encoder import build_encoder
 from clipmill.pipeline.record import ShardIndex
 from clipmill.tools.evaluate.features import Compute, Features
 from clipmill.tools.evaluate.linear import Config, choose, evaluate, fit, held_out
@@ -55,6 +56,28 @@ def test_sgd_gets_as_far() -> None:
     again = fit(seen, 4, config, 0.1, 1e-3).scores(unseen, "features")
     np.testing.assert_array_equal(again, rough)
     assert (fit(seen, 4, replace(config, seed=1), 0.1, 1e-3).scores(unseen, "features") != rough).any()
+
+
+def test_moments_see_what_only_the_change_over_time_tells() -> None:
+    """Two classes with the same mean feature; one of them varies from view to view."""
+    rng = np.random.default_rng(0)
+    label = np.arange(200) % 2
+    x = rng.normal(size=(200, 1, 4)) + label[:, None, None] * rng.normal(size=(200, 6, 4))
+    x -= x.mean(1, keepdims=True) - rng.normal(size=(200, 1, 4))
+    features = Features(feature=x.astype(np.float32), label=label, uid=np.arange(200, dtype=np.uint64))
+    top1 = {}
+    for average in ("features", "moments"):
+        probe = fit(features, 2, Config(compute=CPU, average=average), 0.1, 1e-3)
+        top1[average] = topk_accuracy(probe.scores(features, average), label, 1)
+    assert top1["features"] < 0.7
+    assert top1["moments"] > 0.95
+
+
+def test_moments_need_more_than_one_moment(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least 2 views of time per record, got clips = 1"):
+        evaluate(
+            build_encoder("resnet18", width=0.125), tmp_path, tmp_path, Config(average="moments", views=Views(clips=1))
+        )
 
 
 def test_standardised_features_have_no_units() -> None:

@@ -16,6 +16,7 @@ from clipmill.pipeline.draws import Draws
 from clipmill.pipeline.loader import Loader, LoaderConfig
 from clipmill.pipeline.record import ShardIndex
 from clipmill.pipeline.slot import crop_table
+from clipmill.pipeline.sound_views import audio_view_from_json, audio_view_to_json
 from clipmill.pipeline.spec import AudioSpec, LogMel, Mask, VideoSpec
 from clipmill.pipeline.views import View
 from clipmill.tools.evaluate.features import stack_views
@@ -23,8 +24,6 @@ from clipmill.tools.evaluate.views import (
     PlacedCrop,
     Spread,
     Views,
-    audio_view_from_json,
-    audio_view_to_json,
     eval_views,
     plain_audio_view,
     sample_frames,
