@@ -32,7 +32,7 @@ class Args:
 
     dataset: Positional[Path]
     """Folder made by `clipmill pack`."""
-    out: Path
+    out: Path = Path("inspect")
     """Folder for the page and the pictures."""
     method: tuple[str, ...] = ()
     """NAME [RECIPE]: show the views of this method; default one plain clip."""
