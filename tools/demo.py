@@ -14,11 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-PROBE = {  # how the linear probe looks at each method's encoder; one frame of this corpus tells nothing by design
-    "simclr": ("--clips", "8", "--average", "moments"),
-}
-CLIP_PROBE = ("--clips", "4")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
@@ -40,6 +35,7 @@ class Args:
 @dataclass(frozen=True, kw_only=True)
 class _Row:
     encoder: str
+    corpus: str
     top1: float
     seconds: float
 
@@ -49,39 +45,57 @@ def main(args: Args) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads share the cores with the decoders
     if not args.methods:
         raise ValueError("--methods is empty; name at least one, `clipmill methods` lists them")
-    corpus, shards = args.out / "corpus", args.out / "shards"
-    small = ["--clips", "48", "--seconds", "1.5", "--size", "64"] if args.short else ["--clips", "320"]
-    _run("synth", corpus, "--kind", "ucf101", *small)
-    _run("pack", corpus, shards)
-    _run("inspect", shards, "--out", args.out / "inspect")
+    kinds = {method: _kind(method) for method in args.methods}
+    for kind in dict.fromkeys(kinds.values()):
+        corpus, shards = args.out / f"corpus_{kind}", args.out / kind
+        _run("synth", corpus, "--kind", "images" if kind == "images" else "ucf101", *_amount(kind, args.short))
+        _run("pack", corpus, shards)
+        _run("inspect", shards, "--out", args.out / f"inspect_{kind}")
     rows: list[_Row] = []
-    for method in args.methods:
-        rows += _method(method, args, shards)
+    for method, kind in kinds.items():
+        rows += _method(method, kind, args)
     page = args.out / "report.html"
-    _run("report", *(args.out / method for method in args.methods), "--out", page)
-    _show(rows, shards)
-    print(f"\ncorpus: {args.out / 'inspect' / 'index.html'}\nreport: {page}")
+    _run("report", *(args.out / method for method in kinds), "--out", page)
+    _show(rows, args.out)
+    for kind in dict.fromkeys(kinds.values()):
+        print(f"corpus: {args.out / f'inspect_{kind}' / 'index.html'}")
+    print(f"report: {page}")
     return 0
 
 
-def _method(method: str, args: Args, shards: Path) -> list[_Row]:
+def _kind(method: str) -> str:
+    """The corpus a method is shown: one frame of the clips does not tell its class, so image methods get pictures."""
+    from clipmill.models.method import method_class, recipes
+
+    known = recipes(method)
+    views = method_class(method)(known["tiny"].method).plan().views
+    return "images" if all(view.modality == "image" for view in views) else "clips"
+
+
+def _amount(kind: str, short: bool) -> list[str]:
+    if kind == "images":
+        return ["--images", "100" if short else "600"]
+    return ["--clips", "48", "--seconds", "1.5", "--size", "64"] if short else ["--clips", "320"]
+
+
+def _method(method: str, kind: str, args: Args) -> list[_Row]:
     """Pretrain with one method and score its encoder before and after."""
-    run = args.out / method
+    run, shards = args.out / method, args.out / kind
     few = ["--epochs", "2", "--warmup-epochs", "0", "--batch-size", "16"] if args.short else []
     spent_s = _run("pretrain", method, "tiny", "--data", shards, "--out", run, *few, "--resume")
-    probe = PROBE.get(method, CLIP_PROBE)
+    look = ["--test", "val"] if kind == "images" else ["--clips", "4"]
     untrained, scores = f"random:{run}", run / "evaluate"
-    _run("evaluate", "linear", untrained, shards, *probe, "--out", scores / "linear_random")
-    _run("evaluate", "linear", run, shards, *probe)
+    _run("evaluate", "linear", untrained, shards, *look, "--out", scores / "linear_random")
+    _run("evaluate", "linear", run, shards, *look)
     rows = [
-        _Row(encoder=f"random ({method}'s)", top1=_top1(scores / "linear_random"), seconds=0.0),
-        _Row(encoder=method, top1=_top1(scores / "linear"), seconds=spent_s),
+        _Row(encoder=f"random ({method}'s)", corpus=kind, top1=_top1(scores / "linear_random"), seconds=0.0),
+        _Row(encoder=method, corpus=kind, top1=_top1(scores / "linear"), seconds=spent_s),
     ]
     if args.supervised:
         out = scores / "supervised"
         few = ["--epochs", "1" if args.short else "40", "--optimiser", "adamw", "--lr", "0.002"]
-        spent_s = _run("evaluate", "finetune", untrained, shards, *few, "--out", out)
-        rows.append(_Row(encoder=f"supervised ({method}'s backbone)", top1=_top1(out), seconds=spent_s))
+        spent_s = _run("evaluate", "finetune", untrained, shards, *look, *few, "--out", out)
+        rows.append(_Row(encoder=f"labels ({method}'s backbone)", corpus=kind, top1=_top1(out), seconds=spent_s))
     return rows
 
 
@@ -102,16 +116,18 @@ def _top1(folder: Path) -> float:
     return float(json.loads((folder / "score.json").read_text("utf-8"))["metrics"]["top1"])
 
 
-def _show(rows: Sequence[_Row], shards: Path) -> None:
+def _show(rows: Sequence[_Row], out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    classes = json.loads((shards / "dataset.json").read_text("utf-8"))["classes"]
-    table = Table(title=f"linear probe on {len(classes)} classes of motion x rhythm (chance {1 / len(classes):.3f})")
+    table = Table(title="linear probe")
     table.add_column("encoder")
-    table.add_column("top-1", justify="right")
-    table.add_column("training", justify="right")
+    table.add_column("corpus")
+    for name in ("top-1", "chance", "training"):
+        table.add_column(name, justify="right")
     for row in rows:
-        table.add_row(row.encoder, f"{row.top1:.3f}", f"{row.seconds:.0f} s" if row.seconds else "-")
+        classes = json.loads((out / row.corpus / "dataset.json").read_text("utf-8"))["classes"]
+        spent = f"{row.seconds:.0f} s" if row.seconds else "-"
+        table.add_row(row.encoder, row.corpus, f"{row.top1:.3f}", f"{1 / len(classes):.3f}", spent)
     print()
     Console().print(table)
