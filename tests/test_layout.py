@@ -22,7 +22,20 @@ ROOT = Path(clipmill.__file__).resolve().parent
 ROOMS = ("datasets", "pipeline", "models", "tools")
 SOFT_LIMIT, HARD_LIMIT = 400, 500  # lines of a file
 HEAVY = ("torch", "torchvision", "torchaudio")
-DECODE_SIDE = ("draws", "order", "record", "shard", "spec", "views", "slot", "fill", "workers")
+DECODE_SIDE = (
+    "draws",
+    "order",
+    "record",
+    "shard",
+    "spec",
+    "sound_spec",
+    "views",
+    "sound_views",
+    "frame_views",
+    "slot",
+    "fill",
+    "workers",
+)
 
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs the source tree")
 
@@ -218,7 +231,10 @@ def test_the_pipeline_knows_no_tools_and_only_training_knows_what_a_method_is():
 
 
 def test_models_know_of_the_pipeline_only_what_they_declare():
-    allowed = tuple(f"clipmill.pipeline.{name}" for name in ("views", "spec", "batch", "draws", "dist"))
+    allowed = tuple(
+        f"clipmill.pipeline.{name}"
+        for name in ("views", "sound_views", "frame_views", "spec", "sound_spec", "batch", "draws", "dist")
+    )
     forbidden = ("clipmill.pipeline", "clipmill.datasets", "clipmill.tools")
     assert breaches(sources("models"), forbidden, allowed) == set()
 

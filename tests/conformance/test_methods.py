@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from fractions import Fraction
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipmill.models.encoder import EncoderConfig, load_encoder, save_encoder
-from clipmill.models.method import Method, Output, method_class, method_names, recipes
+from clipmill.models.method import EpochContext, Method, Output, method_class, method_names, recipes
 from clipmill.pipeline import checkpoint, dist
 from clipmill.pipeline.batch import ClipBatch
 from clipmill.pipeline.config import TrainConfig
@@ -33,7 +34,8 @@ from clipmill.pipeline.train import train
 from clipmill.pipeline.views import Planner
 
 BATCH = 4
-SMALL = {"size": 32, "queue_size": BATCH, "groups": 2}
+SMALL = {"size": 32, "queue_size": BATCH, "groups": 2, "clusters": 2, "pca_dim": 2, "codec_steps": 40}
+LEARNT = {"contrastcorr": 0.99}  # most of that loss is the error of a frozen auto-encoder
 every_method = pytest.mark.parametrize("name", method_names())
 
 
@@ -46,6 +48,22 @@ def build(name: str, seed: int = 0, **more: int) -> Method:
             changes[item.name] = replace(value, width=0.125)
     torch.manual_seed(seed)
     return method_class(name)(replace(config, **changes))
+
+
+def begun(method: Method) -> Method:
+    """The method after its hook before the first epoch, of a corpus of `BATCH` records."""
+
+    @torch.no_grad()
+    def collect(planner: Planner, function: Callable[[ClipBatch], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        dtype = next(method.parameters()).dtype
+        method.eval()
+        rows = dict(function(part_of(batch_of(planner, BATCH), slice(None), dtype)))
+        method.train()
+        return rows
+
+    torch.manual_seed(0)
+    method.before_epoch(EpochContext(epoch=0, num_epochs=1, num_records=BATCH, collect=collect))
+    return method
 
 
 def record(number: int = 0) -> VideoRecord:
@@ -128,7 +146,7 @@ def part_of(batch: ClipBatch, rows: slice, dtype: torch.dtype) -> ClipBatch:
 
 def steps(method: Method, count: int, lr: float = 2e-3) -> list[Output]:
     """Optimiser steps on one fixed batch."""
-    batch = batch_of(method.plan(), BATCH)
+    batch = batch_of(begun(method).plan(), BATCH)
     config = TrainConfig(optimiser="adamw", lr=lr, schedule="constant", weight_decay=0.0, epochs=count)
     optimizer = build_optimizer(method.param_groups(), config)
     outputs = []
@@ -168,7 +186,7 @@ def test_gradients_reach_every_trainable_weight_and_no_teacher(name: str) -> Non
 def test_a_fixed_batch_is_learnt(name: str) -> None:
     losses = [output.loss.item() for output in steps(build(name), 24)][1:]  # the first step may meet random negatives
     assert np.isfinite(losses).all()
-    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5]), losses
+    assert np.mean(losses[-5:]) < LEARNT.get(name, 0.9) * np.mean(losses[:5]), losses
 
 
 @every_method
@@ -229,7 +247,7 @@ def test_two_processes(run_ranks) -> None:
 
 def two_processes(name: str, alone: tuple[float, dict[str, Tensor]]) -> None:
     """One step of two processes: weights stay equal in both, and where promised equal those of one process."""
-    method = build(name, groups=1).double()
+    method = begun(build(name, groups=1).double())
     if method.rank_invariant:
         dist.sync_batch_norm(method, torch.device("cpu"))
     model = DistributedDataParallel(method, broadcast_buffers=False)
@@ -255,7 +273,7 @@ def gradients(method: Method) -> dict[str, Tensor]:
 
 
 def one_process(name: str) -> tuple[float, dict[str, Tensor]]:
-    method = build(name, groups=1).double()
+    method = begun(build(name, groups=1).double())
     torch.manual_seed(0)
     loss = method(part_of(batch_of(method.plan(), BATCH), slice(None), torch.float64)).loss
     loss.backward()

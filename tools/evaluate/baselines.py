@@ -1,12 +1,15 @@
-"""Encoders without anything learnt, to compare with: ``baseline:lab``."""
+"""Encoders without anything learnt, to compare with: ``baseline:lab`` and ``baseline:logmel``."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clipmill.models.colour import lab8_from_rgb
 from clipmill.models.encoder import Encoder, InputSpec
+from clipmill.pipeline.sound_spec import AudioSpec, LogMel
+from clipmill.pipeline.views import View
 
 BASELINE = "baseline:"
 
@@ -45,8 +48,42 @@ class LabPatches(Encoder):
         return self.maps(x, "patch").mean((2, 3, 4))
 
 
+class LogMelBands(Encoder):
+    """A log-mel spectrogram itself: its one stage, ``bands``, has a channel per mel band and the columns of the input.
+
+    The pooled vector is every band's mean and standard deviation over time, D = 2 * mels. Front end of CrissCross.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        mel = LogMel(power_floor=2.2e-16, mean=-5.3688107, std=4.410007)
+        self.dim, self.stages, self.reductions = 2 * mel.mels, ("bands",), {"bands": (mel.mels, 1)}
+        self.audio_view = View(name="window", modality="audio", duration_s=1.0, augment=AudioSpec(logmel=mel))
+        columns = mel.frames(mel.hz)
+        self.spec = InputSpec(
+            modality="audio", channels=1, num_frames=columns, size=mel.mels, mean=(mel.mean,), std=(mel.std,)
+        )
+
+    def maps(self, x: Tensor, stage: str) -> Tensor:
+        """(B, mels, 1, frames) of spectrograms (B, 1, mels, frames)."""
+        self.check(x)
+        self.depth(stage)
+        return x.transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 2 * mels): mean and standard deviation of every band."""
+        bands = self.maps(x, "bands")[:, :, 0]
+        return torch.cat([bands.mean(2), bands.std(2, correction=0)], 1)
+
+
+_BASELINES = {"lab": LabPatches, "logmel": LogMelBands}
+
+
 def baseline(name: str) -> Encoder:
     """A baseline by what follows ``baseline:`` on the command line."""
-    if name != "lab":
-        raise ValueError(f"unknown baseline {name!r}; there is {BASELINE}lab, the colours of raw pixels")
-    return LabPatches()
+    if name not in _BASELINES:
+        raise ValueError(
+            f"unknown baseline {name!r}; there is {BASELINE}lab, the colours of raw pixels, and {BASELINE}logmel, "
+            "the spectrogram of raw sound"
+        )
+    return _BASELINES[name]()

@@ -25,10 +25,11 @@ class Args(Generic[C]):
     benchmark: Annotated[str, tyro.conf.Suppress] = ""
     encoder: tyro.conf.Positional[str]
     """Run folder or encoder folder; or random:FOLDER, the same encoder before training; or
-    random:BACKBONE[:width=0.25,seed=1], an untrained one; or baseline:lab, the colours of raw pixels. - with
-    --score-only."""
+    random:BACKBONE[:width=0.25,seed=1], an untrained one; or baseline:lab, the colours of raw pixels,
+    or baseline:logmel, raw spectrograms. - with --score-only."""
     data: tyro.conf.Positional[Path]
-    """Data set folder made by `clipmill pack`; for davis, jhmdb and vip the folder of the corpus itself."""
+    """Data set folder made by `clipmill pack`; for davis, jhmdb, vip and semantic_segmentation the folder of
+    the corpus itself."""
     out: Path | None = None
     """Folder for score.json, tables and pictures; default: evaluate/BENCHMARK in the run folder, or the folder that
     --score-only names."""

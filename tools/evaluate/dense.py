@@ -257,7 +257,9 @@ def stream_features(
                     features = np.concatenate(rows)
                     if not np.isfinite(features).all():
                         key = index[number].key
-                        raise ValueError(f"the encoder's features of record {key!r} are not finite; it may have diverged")
+                        raise ValueError(
+                            f"the encoder's features of record {key!r} are not finite; it may have diverged"
+                        )
                     yield number, features
                     window = None
 

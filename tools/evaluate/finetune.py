@@ -2,7 +2,9 @@
 
 On a pretrained encoder it measures how well its weights start off a supervised task; with ``--scratch`` (or a
 ``random:`` encoder) the same training from random weights is the supervised ceiling of that backbone on that corpus.
-The test split is scored once, after the last epoch.
+With ``--frozen`` only the classifier is trained, on augmented pictures: linear classification as the literature does it
+(the benchmark ``linear`` takes features that are extracted once). ``--labels 0.01`` trains on 1 % of the labels;
+``--protocol`` names published settings. The test split is scored once, after the last epoch.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from clipmill.tools.evaluate.evaluator import Progress, Report, silent, write_cs
 from clipmill.tools.evaluate.features import Compute, extract, require_usable
 from clipmill.tools.evaluate.frozen import digests, settings
 from clipmill.tools.evaluate.opening import Splits, class_names, split, stored_audio_view, untrained
-from clipmill.tools.evaluate.views import Views, clip_shape, eval_views, normalize, plain_audio_view
+from clipmill.tools.evaluate.protocols import PROTOCOLS, Protocol, filled
+from clipmill.tools.evaluate.views import Views, clip_shape, eval_views, normalize, plain_audio_view, resampling
 from clipmill.tools.metrics import Average, average_views
 
 TRAINING_FILE = "training.csv"
@@ -40,22 +43,28 @@ TRAINING_FILE = "training.csv"
 class Config:
     """Options of fine-tuning."""
 
+    protocol: Protocol = "own"
+    """Published settings for all options that are left at their default; own: none."""
     epochs: int = 10
     """Passes over the training split."""
     train_batch: int = 32
     """Training clips per step."""
     clips_per_epoch: int = 1
     """Random clips of every record per epoch."""
-    optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
+    optimiser: Literal["sgd", "adam", "adamw", "lars"] = "sgd"
     """Update rule."""
     lr: float = 0.01
-    """Peak learning rate of the classifier."""
+    """Peak learning rate of the classifier, before lr_scaling."""
+    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
+    """none: lr as it is; linear: lr * train_batch / 256; sqrt: lr * sqrt(train_batch)."""
     encoder_lr_scale: float = 1.0
     """Learning rate of the encoder as a multiple of ``lr``."""
     weight_decay: float = 1e-4
     """Of all weights but biases and the parameters of normalisation layers."""
     momentum: float = 0.9
-    """Of sgd."""
+    """Of sgd and lars."""
+    nesterov: bool = False
+    """Nesterov's form of momentum."""
     warmup_epochs: float = 1.0
     """Epochs of linear warm-up."""
     schedule: Literal["constant", "step", "cosine"] = "cosine"
@@ -74,6 +83,11 @@ class Config:
     """Least share of the frame that a random crop takes."""
     flip: float = 0.5
     """Probability of mirroring a training clip; use 0 where left and right make a class."""
+    frozen: Literal["no", "eval", "train"] = "no"
+    """Train the classifier alone, the encoder with its running batch statistics (eval), or with those of each batch
+    and running ones that drift, as the released code of HCL does (train)."""
+    zero_head: bool = False
+    """The classifier starts at 0 instead of small random numbers."""
     scratch: bool = False
     """Train the same backbone from random weights."""
     seed: int = 0
@@ -97,40 +111,60 @@ class Config:
     def training(self) -> TrainConfig:
         """The same numbers for `clipmill.pipeline.optim`."""
         names = ("epochs", "optimiser", "lr", "weight_decay", "momentum", "warmup_epochs", "schedule", "milestones")
-        more = ("gamma", "clip_grad_norm", "seed")
+        more = ("gamma", "clip_grad_norm", "seed", "lr_scaling", "nesterov")
         options: dict[str, Any] = {name: getattr(self, name) for name in (*names, *more)}
         return TrainConfig(batch_size=self.train_batch, repeat=self.clips_per_epoch, **options)
+
+    def resolved(self) -> Config:
+        """With the settings of the protocol for all options that are left at their default."""
+        return filled(self, Config(), PROTOCOLS[self.protocol])
 
 
 class Classifier(nn.Module):
     """An encoder under dropout and a linear layer: clips to class scores (B, K).
 
-    The layer starts from N(0, 0.01) weights drawn with ``seed``, zero bias.
+    The layer starts from N(0, 0.01^2) weights drawn with ``seed`` (or from 0), zero bias. frozen: the encoder's
+    features are constants.
     """
 
-    def __init__(self, encoder: Encoder, num_classes: int, dropout: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        num_classes: int,
+        dropout: float = 0.0,
+        seed: int = 0,
+        *,
+        frozen: bool = False,
+        zero: bool = False,
+    ) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.frozen = encoder, frozen
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(encoder.dim, num_classes)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             self.head.weight.copy_(0.01 * torch.randn(self.head.weight.shape, generator=generator))
             self.head.bias.zero_()
+            if zero:
+                self.head.weight.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores of clips (B, C, T, H, W) or spectrograms."""
-        return self.head(self.dropout(self.encoder(x)))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features = self.encoder(x)
+        return self.head(self.dropout(features))
 
 
 def evaluate(encoder: Encoder, root: Path, out: Path, config: Config, *, progress: Progress = silent) -> Report:
     """Train a copy of the encoder and a classifier, then score the test split. See `Evaluator`."""
+    config = config.resolved()
     train, test = split(root, config.splits)
     source = digests(encoder, root, train, test)
     classes = class_names(train, test)
     start = untrained(encoder, config.seed) if config.scratch else copy.deepcopy(encoder)
     audio_view = stored_audio_view(encoder)
-    model = Classifier(start, len(classes), config.dropout, config.seed)
+    frozen = config.frozen != "no"
+    model = Classifier(start, len(classes), config.dropout, config.seed, frozen=frozen, zero=config.zero_head)
     history = fit(model, train, config, train_planner(start, config, audio_view), progress)
     plan = eval_views(start.spec, config.views, audio_view)
     answers = extract(model, test, plan, config.compute, keep_views=True, what="test views", progress=progress)
@@ -155,7 +189,7 @@ def train_planner(encoder: Encoder, config: Config, audio_view: View | None = No
         return Sound(views=(View(name="clip", modality="audio", duration_s=window.duration_s, augment=window.augment),))
     ops: tuple[Op, ...] = (Flip(p=config.flip), normalize(spec)) if config.flip else (normalize(spec),)
     crop = RandomResizedCrop(scale=(config.min_area, 1.0))
-    augment = VideoSpec(size=config.views.size or spec.size, crop=crop, ops=ops)
+    augment = VideoSpec(size=config.views.size or spec.size, crop=crop, ops=ops, **resampling(config.views))
     view = View(name="clip", **clip_shape(spec, config.views), augment=augment)
     return Clips(views=(view,), short=config.views.short)
 
@@ -172,9 +206,14 @@ def fit(
     require_usable(train, planner)
     device = config.compute.torch_device
     model.to(device).train()
+    if config.frozen == "eval":
+        model.encoder.eval()
     options = config.training
-    encoder = [replace(group, lr_scale=config.encoder_lr_scale) for group in weights_and_rest(model.encoder)]
-    optimizer = build_optimizer([*weights_and_rest(model.head), *encoder], options)
+    groups = [replace(group, adapt=False) for group in weights_and_rest(model.head)]  # LARS leaves the classifier alone
+    if not model.frozen:
+        scale = config.encoder_lr_scale
+        groups += [replace(group, lr_scale=scale) for group in weights_and_rest(model.encoder)]
+    optimizer = build_optimizer(groups, options)
     scaler = torch.amp.GradScaler(device.type, enabled=config.compute.precision == "fp16")
     clips = len(train) * config.clips_per_epoch
     loader = Loader(

@@ -1,8 +1,8 @@
 """Temporal action localisation: proposals of a boundary-matching network on dense frozen features; AR@AN, AUC, mAP.
 
-The protocol of ActivityNet 1.3: features of one snippet per 16 frames brought to 100 points in time, BMN (T. Lin et al.,
-ICCV 2019), soft-NMS; for mAP, proposals get the classes that a linear classifier gives the whole video. All scores are
-in percent, as the field writes them.
+The protocol of ActivityNet 1.3: features of one snippet per 16 frames brought to 100 points in time, BMN (T. Lin et
+al., ICCV 2019), soft-NMS; for mAP, proposals get the classes that a linear classifier gives the whole video. All scores
+are in percent, as the field writes them.
 """
 
 from __future__ import annotations
@@ -119,6 +119,8 @@ def evaluate(encoder: Encoder | None, root: Path, out: Path, config: Config, *, 
     digests: dict[str, str] = {}
     if config.score_only is None:
         assert encoder is not None, "an encoder is given unless results are rescored"
+        for name in (config.train, config.test):
+            _subset(truth, name)  # before hours of work
         features, truth, facts, digests = _features(encoder, root, out, truth, config, progress)
         train, test = (_subset(truth, name) for name in (config.train, config.test))
         found = _propose(features, train, test, config, progress)
@@ -264,7 +266,9 @@ def _label(
 
 def _json_rows(rows_P3: np.ndarray, labels_P: np.ndarray | None = None) -> list[dict[str, Any]]:
     rows = [{"score": score, "segment": [start, end]} for start, end, score in rows_P3.tolist()]
-    return rows if labels_P is None else [{"label": str(label)} | row for label, row in zip(labels_P, rows, strict=True)]
+    return (
+        rows if labels_P is None else [{"label": str(label)} | row for label, row in zip(labels_P, rows, strict=True)]
+    )
 
 
 # --- scores -------------------------------------------------------------------------------------------------
@@ -314,12 +318,12 @@ def _class_rows(score: DetectionScore, truth: Labelled) -> list[dict[str, Any]]:
             "ap@0.5": 100 * float(column[0]),
             "ap": 100 * float(column.mean()),
         }
-        for name, column in zip(score.classes, score.ap_TC.T, strict=True)
+        for name, column in zip(score.classes, score.ap.T, strict=True)
     ]
 
 
 def _write_curve(path: Path, score: ProposalScore) -> None:
-    pairs = zip(score.per_video_Q.tolist(), (100 * score.average_recall).tolist(), strict=True)
+    pairs = zip(score.numbers.tolist(), (100 * score.average_recall).tolist(), strict=True)
     write_csv(path, [{"proposals_per_video": f"{x:.6g}", "average_recall": f"{y:.6g}"} for x, y in pairs])
 
 

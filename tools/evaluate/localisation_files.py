@@ -2,8 +2,8 @@
 
 Annotations are ActivityNet's (``{"database": {ID: {"duration", "subset", "annotations": [{"segment", "label"}]}}}``) or
 mmaction's (``{"v_ID": {"duration_second", "duration_frame", "annotations", ...}}``); results are ActivityNet's
-(``{"results": {ID: [{"label", "score", "segment"}]}}``), with seconds; features are a CSV per video, ``v_ID.csv`` with a
-header f0, f1, ... and one row per point in time. Ids are used without ``v_`` here.
+(``{"results": {ID: [{"label", "score", "segment"}]}}``), with seconds; features are a CSV per video, ``v_ID.csv``,
+with a header f0, f1, ... and one row per point in time. Ids are used without ``v_`` here.
 """
 
 from __future__ import annotations

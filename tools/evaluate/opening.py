@@ -21,7 +21,7 @@ RANDOM = "random:"
 
 
 def open_encoder(text: str, device: str = "cpu") -> Encoder:
-    """An encoder by name: a run folder, an encoder folder, ``random:...`` for an untrained one, or ``baseline:lab``.
+    """An encoder by name: a run folder, an encoder folder, ``random:...`` for an untrained one, or a ``baseline:...``.
 
     ``random:FOLDER`` is the encoder of that folder before training; ``random:BACKBONE:width=0.25,seed=1`` builds one.
     The same text gives the same weights.
@@ -88,6 +88,11 @@ class Splits:
     """Name of the split that is scored."""
     test_fraction: float | None = None
     """Ignore the corpus's splits and score this share of all records, chosen by a hash of their uid."""
+    labels: float = 1.0
+    """Share of every class of the training split that is used (e.g. 0.01: 1 percent of the labels), chosen by a hash
+    of the uid; a smaller share is part of a larger one."""
+    label_list: Path | None = None
+    """File with the training records that are used, one key or file name per row, e.g. SimCLR's 1percent.txt."""
 
 
 def split(root: Path, options: Splits) -> tuple[ShardIndex, ShardIndex]:
@@ -108,7 +113,39 @@ def split(root: Path, options: Splits) -> tuple[ShardIndex, ShardIndex]:
         parts = index.split(options.train), index.split(options.test)
     for part in parts:
         require_labels(part)
-    return parts
+    return fewer_labels(parts[0], options), parts[1]
+
+
+def fewer_labels(train: ShardIndex, options: Splits) -> ShardIndex:
+    """The part of a training split whose labels are used; every class keeps one record at least."""
+    if options.label_list is not None:
+        if options.labels != 1.0:
+            raise ValueError(f"labels = {options.labels} and label_list = {options.label_list}: give one of them")
+        return _listed(train, options.label_list)
+    if not 0 < options.labels <= 1:
+        raise ValueError(f"labels = {options.labels} is not possible; it must be a share above 0, at most 1")
+    if options.labels == 1:
+        return train
+    label, uid = train.column("label"), train.column("uid")
+    mask = np.zeros(len(train), bool)
+    for number in np.unique(label):
+        rows = np.flatnonzero(label == number)
+        share = max(options.labels, 1 / len(rows))
+        mask[rows] = smallest_hashes(uid[rows], share, "labels")
+    return train.select(mask)
+
+
+def _listed(train: ShardIndex, path: Path) -> ShardIndex:
+    """The records that a list names by key or by file name, with or without its suffix."""
+    try:
+        rows = path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file ({error}); give a list of keys or file names") from error
+    wanted = {part for row in rows if (name := row.strip()) for part in (name, name.rpartition(".")[0] or name)}
+    mask = np.array([key in wanted or key.rpartition("/")[2] in wanted for key in train.column("key")], bool)
+    if not mask.any():
+        raise ValueError(f"{path}: none of its rows is a training record of {train.root}; rows are keys or file names")
+    return train.select(mask)
 
 
 def smallest_hashes(uids: np.ndarray, fraction: float, key: str) -> np.ndarray:

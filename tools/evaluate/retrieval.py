@@ -1,7 +1,7 @@
 """Video retrieval by frozen features: is one of the k nearest training records of a test record's class?
 
-The test split are the queries, the training split is searched, by cosine; nothing is trained. Used on UCF101 and HMDB51
-split 1 by D. Xu et al., "Self-supervised Spatiotemporal Learning via Video Clip Order Prediction" (CVPR 2019) and since.
+The test split are the queries, the training split is searched, by cosine; nothing is trained. Used on UCF101 and
+HMDB51 split 1 by D. Xu et al., "Self-supervised Spatiotemporal Learning via Video Clip Order Prediction" (CVPR 2019).
 VCLR's protocol: --clips 30 --spacing rounded --size 224 --resize 256 for an encoder of pictures.
 """
 

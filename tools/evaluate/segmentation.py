@@ -230,7 +230,7 @@ def _rows(number: int, videos: Videos, layout: Layout, score: SegmentationScore)
         truth, found = _both(layout.truth(video), labels)
         mof = 100.0 * float((truth == found).mean())
         rows.append(
-            {"split": number, "video": video, "frames": len(truth), "mof": mof, "edit": float(score.edit_V[place])}
+            {"split": number, "video": video, "frames": len(truth), "mof": mof, "edit": float(score.edits[place])}
         )
     return rows
 

@@ -1,8 +1,8 @@
 """Linear SVM on frozen features: one class against the rest, squared hinge loss, no bias.
 
 The linear protocol of VCLR and of many video methods (liblinear's L2-regularised L2-loss SVM in the primal form):
-min over w of |w|^2 / 2 + C * sum of max(0, 1 - y w.x)^2 for every class. C is chosen, if several are given, on a held-out
-part of the training split; the test split is scored once. VCLR: --costs 1 --clips 30 --spacing rounded.
+min over w of |w|^2 / 2 + C * sum of max(0, 1 - y w.x)^2 for every class. C is chosen, if several are given, on a
+held-out part of the training split; the test split is scored once. VCLR: --costs 1 --clips 30 --spacing rounded.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import numpy as np
 from clipmill.models.encoder import InputSpec
 from clipmill.pipeline.draws import Draws
 from clipmill.pipeline.record import ShardIndex, VideoRecord
-from clipmill.pipeline.spec import AudioSpec, Boxes, CenterCrop, Crop, Flip, LogMel, Normalize, Op, VideoSpec
+from clipmill.pipeline.spec import AudioSpec, Boxes, CenterCrop, Crop, CutCenter, Flip, LogMel, Normalize, Op, VideoSpec
 from clipmill.pipeline.views import Drawn, Planner, Short, Span, Uniform, View, audio_span, clip_span, within
 
 Box = tuple[int, int, int, int]
@@ -88,7 +88,7 @@ class Spread:
 
 
 def rounded_starts(last: int, clips: int) -> np.ndarray:
-    """Evenly spread starts (clips,) from 0 to ``last``, each rounded to the nearest frame, counted from 1, half to even.
+    """Evenly spread starts (clips,), 0 to ``last``; each is rounded to the nearest frame number, from 1, half to even.
 
     >>> rounded_starts(3, 3).tolist()  # 2.5 becomes frame 2
     [0, 1, 3]
@@ -236,6 +236,9 @@ class Views:
     """Side of the input in pixels."""
     resize: int | None = None
     """Short side in pixels before cropping; default: size / 0.875, or size where three crops are taken."""
+    centre: Literal["resize", "cut"] = "resize"
+    """Centre crop: resize, then cut (torchvision); or cut 0.875 of the short side, then resize that, bicubic and
+    without low-pass filter (SimCLR)."""
     short: Literal["loop", "repeat"] = "loop"
     """Videos shorter than a clip start again, or hold their last frame."""
     duration_s: float | None = None
@@ -295,8 +298,17 @@ def normalize(spec: InputSpec) -> Normalize:
     return Normalize(mean=cast(Any, spec.mean), std=cast(Any, spec.std))
 
 
+def resampling(options: Views) -> dict[str, Any]:
+    """How pictures are resized, as arguments of `VideoSpec`."""
+    return {"interpolation": "bicubic", "antialias": False} if options.centre == "cut" else {}
+
+
 def _crop_specs(spec: InputSpec, options: Views) -> list[VideoSpec]:
     size = options.size or spec.size
+    if options.centre == "cut":
+        if options.crops != "centre" or options.resize is not None:
+            raise ValueError("centre = cut takes one crop of its own size; leave --crops and --resize out")
+        return [VideoSpec(size=size, crop=CutCenter(), ops=(normalize(spec),), **resampling(options))]
     resize = options.resize or (size if options.crops == "three" else round(size / 0.875))
     if options.crops == "three" and resize != size:
         raise ValueError(f"three crops need resize = size, got {resize} and {size}; leave --resize out")

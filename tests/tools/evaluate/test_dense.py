@@ -106,7 +106,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(dataset: ShardIndex, comput
     found = extract_dense(encoder, dataset, geometry, compute, tmp_path)
     assert encoder.seen == 42 + 43 + 44 + 45
     next(tmp_path.glob("*/*.npy")).write_bytes(b"")  # lost when a machine died
-    assert [x.shape for x in extract_dense(encoder, dataset, geometry, compute, tmp_path)] == [(4, 40 + i) for i in range(6)]
+    assert [x.shape for x in extract_dense(encoder, dataset, geometry, compute, tmp_path)] == [
+        (4, 40 + i) for i in range(6)
+    ]
     whole = extract_dense(Levels(), dataset, geometry, compute, tmp_path / "whole")
     for number in range(6):
         assert np.array_equal(found[number], whole[number])

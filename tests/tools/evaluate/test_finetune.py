@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from clipmill.models.encoder import InputSpec, build_encoder
+from clipmill.pipeline.optim import peak_lr
 from clipmill.pipeline.record import ShardIndex
 from clipmill.pipeline.spec import Flip, Normalize, RandomResizedCrop, VideoSpec
 from clipmill.tools.evaluate.features import Compute
 from clipmill.tools.evaluate.finetune import Classifier, Config, evaluate, fit, train_planner
-from clipmill.tools.evaluate.opening import encoder_digest, open_encoder
+from clipmill.tools.evaluate.opening import Splits, encoder_digest, open_encoder
 from clipmill.tools.evaluate.views import Views
 
 
@@ -178,3 +179,41 @@ def test_a_loss_that_explodes_is_an_error(bright: ShardIndex, colour: Any, confi
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config(**options)
+
+
+# --- pictures: linear classification and few labels ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_frozen_encoder_keeps_its_weights(bright: ShardIndex, config: Config, mode: Any, tmp_path: Path) -> None:
+    encoder = open_encoder("random:resnet18:width=0.125")
+    encoder.spec = InputSpec(num_frames=2, size=24)
+    options = replace(config, epochs=1, frozen=mode, zero_head=True)
+    model = Classifier(encoder, 3, frozen=True, zero=True)
+    assert not model.head.weight.any()
+    state = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    fit(model, bright.split("train"), options, train_planner(encoder, options))
+    assert model.head.weight.any()
+    changed = {name for name, tensor in encoder.state_dict().items() if not torch.equal(tensor, state[name])}
+    assert all("running" in name or "num_batches" in name for name in changed)
+    assert bool(changed) == (mode == "train")  # statistics drift as in the released code of HCL
+
+
+def test_protocols_fill_what_was_not_given() -> None:
+    config = Config(protocol="simclr_1pct", train_batch=512, splits=Splits(test="val")).resolved()
+    assert (config.epochs, config.train_batch, config.nesterov, config.zero_head) == (60, 512, True, True)
+    assert (config.splits.labels, config.splits.test) == (0.01, "val")
+    assert (config.views.clips, config.views.centre) == (1, "cut")
+    assert peak_lr(config.training) == pytest.approx(0.05 * 512 / 256)
+    assert Config().resolved() == Config()
+    linear = Config(protocol="moco_linear").resolved()
+    assert (linear.frozen, linear.lr, linear.milestones, linear.weight_decay) == ("eval", 30.0, (60, 80), 0.0)
+    whole = Config(protocol="simclr_linear").resolved()
+    assert peak_lr(whole.training) == pytest.approx(1.6)
+
+
+def test_pictures_cut_before_they_are_resized_are_so_in_training_too(colour: Any, config: Config) -> None:
+    views = replace(config.views, centre="cut")
+    (view,) = train_planner(colour, replace(config, views=views)).views
+    assert isinstance(view.augment, VideoSpec)
+    assert (view.augment.interpolation, view.augment.antialias) == ("bicubic", False)

@@ -143,3 +143,41 @@ def test_splits_that_cannot_be(bright: ShardIndex, relabel: Callable[..., ShardI
     bare = relabel(bright, tmp_path / "bare", [0] * 9 + [-1, -1] + [1] * 13, names)
     with pytest.raises(ValueError, match=f"2 of 20 records have no label, the first is '{bright[9].key}'"):
         split(bare.root, Splits())
+
+
+# --- few labels ---------------------------------------------------------------------------------------------
+
+
+def test_few_labels_are_a_share_of_every_class_and_nested(bright: ShardIndex, tmp_path: Path) -> None:
+    whole, test = split(bright.root, Splits())
+    keys: list[set[str]] = []
+    for share in (0.01, 0.5, 0.8):
+        train, same = split(bright.root, Splits(labels=share))
+        assert same.digest == test.digest
+        labels, counts = np.unique(train.column("label"), return_counts=True)
+        assert labels.tolist() == [0, 1, 2]
+        full = np.unique(whole.column("label"), return_counts=True)[1]
+        assert counts.tolist() == [max(1, round(share * int(count))) for count in full]
+        keys.append(set(train.column("key")))
+    assert keys[0] < keys[1] < keys[2] < set(whole.column("key"))
+    names = sorted(keys[1])
+    lists = tmp_path / "half.txt"
+    lists.write_text(f"{names[0]}\n\n{names[1]}.JPEG\nnowhere.JPEG\n")
+    listed, _ = split(bright.root, Splits(label_list=lists))
+    assert sorted(listed.column("key")) == names[:2]
+    lists.write_text(f"{names[0].rpartition('/')[2]}.JPEG\n")  # a file name alone, as in SimCLR's lists
+    assert split(bright.root, Splits(label_list=lists))[0].column("key").tolist() == names[:1]
+
+
+def test_few_labels_that_cannot_be(bright: ShardIndex, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"labels = 0\.0 is not possible"):
+        split(bright.root, Splits(labels=0.0))
+    lists = tmp_path / "list.txt"
+    lists.write_text("nothing\n")
+    with pytest.raises(ValueError, match="none of its rows is a training record"):
+        split(bright.root, Splits(label_list=lists))
+    with pytest.raises(ValueError, match="give one of them"):
+        split(bright.root, Splits(label_list=lists, labels=0.5))
+    lists.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not a text file"):
+        split(bright.root, Splits(label_list=lists))

@@ -17,7 +17,7 @@ from clipmill.pipeline.loader import Loader, LoaderConfig
 from clipmill.pipeline.record import ShardIndex
 from clipmill.pipeline.slot import crop_table
 from clipmill.pipeline.sound_views import audio_view_from_json, audio_view_to_json
-from clipmill.pipeline.spec import AudioSpec, LogMel, Mask, VideoSpec
+from clipmill.pipeline.spec import AudioSpec, CutCenter, LogMel, Mask, VideoSpec
 from clipmill.pipeline.views import View
 from clipmill.tools.evaluate.features import stack_views
 from clipmill.tools.evaluate.views import (
@@ -194,3 +194,14 @@ def test_a_stored_view_of_sound_wins_without_its_noise() -> None:
         assert plain_audio_view(spec, source, 0.75).duration_s == 0.75
     with pytest.raises(ValueError, match="not an audio view"):
         audio_view_to_json(View(name="clip"))
+
+
+def test_the_centre_can_be_cut_before_it_is_resized() -> None:
+    plan = eval_views(SPEC, Views(clips=1, centre="cut"))
+    (view,) = plan.planner.views
+    assert isinstance(view.augment, VideoSpec)
+    assert view.augment.crop == CutCenter()
+    assert (view.augment.size, view.augment.interpolation, view.augment.antialias) == (32, "bicubic", False)
+    for options in (Views(centre="cut", resize=40), Views(centre="cut", crops="three")):
+        with pytest.raises(ValueError, match="leave --crops and --resize out"):
+            eval_views(SPEC, options)
