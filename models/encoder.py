@@ -23,6 +23,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from clipmill.pipeline.sound_views import audio_view_from_json, audio_view_to_json
+from clipmill.pipeline.views import View
+
 ENCODER_FILE = "encoder.safetensors"
 ENCODER_META = "encoder.json"
 FORMAT = 1
@@ -33,8 +36,8 @@ class InputSpec:
     """What an encoder was made for.
 
     modality: ``video`` (B, C, T, H, W) or ``audio`` (B, C, mels, frames). channels: C. num_frames: T it is usually
-    given (any works). size: usual H = W in pixels. stride: usual source frames between frames. mean, std: of its
-    normalised input in [0, 1] units.
+    given (any works). size: usual H = W in pixels. stride: usual source frames between frames; fps: frames per second
+    of its clips instead, if set. mean, std: of its normalised input in [0, 1] units.
     """
 
     modality: Literal["video", "audio"] = "video"
@@ -42,6 +45,7 @@ class InputSpec:
     num_frames: int = 1
     size: int = 112
     stride: int = 1
+    fps: float | None = None
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
@@ -55,7 +59,7 @@ class Encoder(nn.Module, ABC):
 
     dim: D, width of the pooled feature. stages: names accepted by `maps`, shallow to deep. spec: `InputSpec`.
     reductions: for each stage, input cells per map cell along (T, H, W), or along (mels, frames) for audio. recipe:
-    how `build_encoder` made it.
+    how `build_encoder` made it. audio_view: for sound, how the run that trained it prepared its input, if known.
     """
 
     dim: int
@@ -63,6 +67,7 @@ class Encoder(nn.Module, ABC):
     spec: InputSpec
     reductions: Mapping[str, tuple[int, ...]]
     recipe: dict[str, Any] | None = None
+    audio_view: View | None = None
 
     @abstractmethod
     def maps(self, x: Tensor, stage: str) -> Tensor:
@@ -140,16 +145,17 @@ def build_encoder(name: str, **options: Any) -> Encoder:
 def save_encoder(encoder: Encoder, folder: Path, extra: dict[str, Any] | None = None) -> None:
     """Write ``encoder.safetensors`` and ``encoder.json`` to ``folder``, each at once or not at all.
 
-    extra: anything that JSON can hold, to be found by `encoder_meta`.
+    extra: anything that JSON can hold, to be found by `encoder_meta`; the encoder's ``audio_view`` is added to it.
     """
     if encoder.recipe is None:
         raise ValueError("only encoders made by build_encoder can be saved: their recipe is stored beside the weights")
+    sound = {} if encoder.audio_view is None else {"audio_view": audio_view_to_json(encoder.audio_view)}
     meta = {
         "format": FORMAT,
         "backbone": encoder.recipe,
         "spec": asdict(encoder.spec),
         "dim": encoder.dim,
-        "extra": extra or {},
+        "extra": sound | (extra or {}),
     }
     text = json.dumps(meta, indent=2) + "\n"
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
@@ -201,6 +207,8 @@ def load_encoder(path: str | Path, device: str = "cpu", **options: Any) -> Encod
         with torch.device("meta"):  # no memory, no random numbers: all tensors come from the file
             encoder = build_encoder(recipe["name"], **{**recipe["options"], **options})
         encoder.spec = InputSpec(**spec)
+        if "audio_view" in meta["extra"]:
+            encoder.audio_view = audio_view_from_json(meta["extra"]["audio_view"])
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder / ENCODER_META}: {error}") from error
     weights = folder / ENCODER_FILE

@@ -173,12 +173,13 @@ class _Batch:
             if name in _LISTS:
                 offsets = np.frombuffer(column.buffers()[1], np.int64, self.num_rows + 1, column.offset * 8)
                 values = column.values.to_numpy(zero_copy_only=True)
-                if offsets[0] < 0 or offsets[-1] > len(values):
+                if offsets[0] < 0 or offsets[-1] > len(values) or (np.diff(offsets) < 0).any():
                     raise IndexFormatError(f"column {name} points outside its values")
                 self.lists[name] = (offsets, values)
             elif pa.types.is_integer(kind):
                 self.fixed[name] = column.to_numpy(zero_copy_only=True)
             else:
+                column.validate(full=True)  # or a damaged offset would be followed out of the file
                 self.texts[name] = column
 
 
@@ -212,7 +213,7 @@ class ShardIndex:
             self._paths = [str(root / name) for name in self._shards]
             self._codecs = [CodecConfig.from_json(item) for item in json.loads(meta["clipmill.codecs"])]
             self.classes: list[str] = json.loads(meta["clipmill.classes"])
-        except (pa.ArrowException, KeyError, json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
+        except (pa.ArrowException, OSError, LookupError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, IndexFormatError):
                 raise
             raise IndexFormatError(f"{path}: damaged index ({error}); run `clipmill verify {root}`") from error

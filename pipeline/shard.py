@@ -26,6 +26,7 @@ from clipmill.pipeline.record import AUDIO_BLOCK, VideoRecord
 _TAR_BLOCK = 512
 _MEMBER_NAME = re.compile(r"[A-Za-z0-9_\-]+\.[A-Za-z0-9.]+")
 _MAX_OPEN_FILES = 64  # per thread
+_LARGE_BYTES = 1 << 24
 
 
 class ShardError(ValueError):
@@ -100,6 +101,8 @@ class ShardReader:
 
     def read(self, shard: str, offset: int, size: int) -> bytes:
         """Exactly ``size`` bytes at ``offset``; ShardError if the file is missing or ends before."""
+        if size > _LARGE_BYTES and offset + size > os.fstat(self.descriptor(shard)).st_size:
+            raise _truncated(shard, offset + size)  # before so much memory is asked for on the word of a damaged index
         data = os.pread(self.descriptor(shard), size, offset)
         while 0 < len(data) < size:  # the kernel may return less than asked
             more = os.pread(self.descriptor(shard), size - len(data), offset + len(data))
@@ -107,7 +110,7 @@ class ShardReader:
                 break
             data += more
         if len(data) != size:
-            raise ShardError(f"{shard}: ends before byte {offset + size}; the shard is truncated, pack it again")
+            raise _truncated(shard, offset + size)
         return data
 
     def packets(self, record: VideoRecord, first: int, stop: int) -> list[memoryview]:
@@ -167,6 +170,10 @@ class ShardReader:
             os.close(files.popitem(last=False)[1])
         files[shard] = handle
         return handle
+
+
+def _truncated(shard: str, end: int) -> ShardError:
+    return ShardError(f"{shard}: ends before byte {end}; the shard is truncated, pack it again")
 
 
 def audio_crcs(pcm: bytes | memoryview) -> list[int]:

@@ -42,7 +42,8 @@ def timed_frames(fps: float, num_frames: int, rate: float, start_s: float, durat
 class TwoMoments:
     """Two clips and two windows of sound per record, each pair cut from one longer window (CrissCross). A `Planner`.
 
-    video, audio: the two views of each stream; video views need ``fps``. times: how the two moments lie.
+    video, audio: the two views of each stream; video views need ``fps``; without video views only sound is cut, also
+    from records that have no pictures. times: how the two moments lie.
 
     - overlapped: the common window is 1.5 views long, views at its two ends. adjacent: 2 views long. same: 1.
       The sound's window begins at a ~ U over all that keep both windows inside; the pictures' window lies anywhere
@@ -56,27 +57,29 @@ class TwoMoments:
     windows of sound is digital silence.
     """
 
-    video: tuple[View, View]
+    video: tuple[View, ...]
     audio: tuple[View, View]
     times: Times = "overlapped"
     silence: Silence = "skip"
 
     def __post_init__(self) -> None:
-        for pair, lengths in ((self.video, [v.num_frames for v in self.video]), (self.audio, [self.audio_s] * 2)):
-            if len(set(lengths)) != 1 or pair[0].fps != pair[1].fps or pair[0].duration_s != pair[1].duration_s:
+        if len(self.video) not in (0, 2):
+            raise ValueError(f"two moments need two video views or none, got {len(self.video)}")
+        for pair in filter(None, (self.video, self.audio)):
+            if len({(view.num_frames, view.fps, view.duration_s) for view in pair}) != 1:
                 raise ValueError(f"views {pair[0].name!r} and {pair[1].name!r} must have one length")
-        if self.video[0].fps is None:
+        if self.video and self.video[0].fps is None:
             raise ValueError(f"view {self.video[0].name!r} needs fps: clips are placed by time")
 
     @property
     def views(self) -> tuple[View, ...]:
-        """Both video views, then both audio views."""
+        """Both video views, if any, then both audio views."""
         return (*self.video, *self.audio)
 
     @property
     def video_s(self) -> float:
-        """Length of a clip in seconds."""
-        return self.video[0].num_frames / (self.video[0].fps or 1.0)
+        """Length of a clip in seconds; 0 without pictures."""
+        return self.video[0].num_frames / (self.video[0].fps or 1.0) if self.video else 0.0
 
     @property
     def audio_s(self) -> float:
@@ -89,7 +92,8 @@ class TwoMoments:
 
     def usable(self, index: ShardIndex) -> np.ndarray:
         """Records with pictures, and sound as the policy wants it."""
-        return (index.column("num_frames") > 0) & sound_mask(index, self.silence, self.audio)
+        mask = sound_mask(index, self.silence, self.audio)
+        return mask & (index.column("num_frames") > 0) if self.video else mask
 
     def _draw(self, record: VideoRecord, rng: Draws) -> tuple[Span, ...]:
         if self.times in _WINDOW:
@@ -121,9 +125,9 @@ class TwoMoments:
     ) -> tuple[Span, ...]:
         """Spans of windows that start at the given times; the second view starts ``second`` views into its window."""
         spans = []
-        rate, count = self.video[0].fps or 1.0, self.video[0].num_frames
-        for view, start_s, offset in zip(self.video, video_s, (0, round(second * count)), strict=True):
-            wanted = int(length * count + 1e-9)
+        for view, start_s, share in zip(self.video, video_s, (0.0, second), strict=False):  # there may be none
+            rate, count = view.fps or 1.0, view.num_frames
+            offset, wanted = round(share * count), int(length * count + 1e-9)
             frames = timed_frames(float(record.fps), record.num_frames, rate, start_s, wanted / rate)
             frames = np.concatenate([frames, np.full(wanted - len(frames), frames[-1] if len(frames) else 0)])
             part = within(frames[offset : offset + count], record.num_frames, "repeat")

@@ -125,7 +125,9 @@ def train_head(
         for epoch in range(epochs):
             for number in torch.randperm(len(videos)).tolist():
                 features, labels = videos[number]
-                x = torch.as_tensor(np.ascontiguousarray(features), dtype=torch.float32, device=device)[None]
+                x = torch.from_numpy(np.array(features, np.float32)).to(device)[
+                    None
+                ]  # a copy: stored ones are read-only
                 target = torch.as_tensor(labels, dtype=torch.int64, device=device)[None]
                 mask = x.new_ones(1, 1, x.shape[-1])
                 entropy, smooth = stage_losses(model(x, mask), target, mask)
@@ -141,5 +143,5 @@ def train_head(
 def label_frames(model: nn.Module, features_DT: np.ndarray) -> np.ndarray:
     """The class of every frame, (T,), by the last stage."""
     device = next(model.parameters()).device
-    x = torch.as_tensor(np.ascontiguousarray(features_DT), dtype=torch.float32, device=device)[None]
+    x = torch.from_numpy(np.array(features_DT, np.float32)).to(device)[None]
     return model(x, x.new_ones(1, 1, x.shape[-1]))[-1, 0].argmax(0).cpu().numpy()

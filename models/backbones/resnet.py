@@ -11,6 +11,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Literal, TypedDict, Unpack
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -52,6 +53,22 @@ def carry(downsample: nn.Sequential | None, x: Tensor, stride: int) -> Tensor:
     return norm(convolve(conv, x, stride))
 
 
+def temporal_shift(x_NCHW: Tensor, frames: int, share: int) -> Tensor:
+    """Give 1/share of the channels the next frame's values and the next 1/share the previous frame's; zeros beyond.
+
+    x_NCHW: maps of whole clips, ``frames`` rows a clip. J. Lin et al., "TSM", ICCV 2019 (arXiv 1811.08383), whose
+    released code this follows; it has no parameters.
+    """
+    x = x_NCHW.unflatten(0, (-1, frames))
+    fold = x.shape[2] // share
+    later = F.pad(x[:, 1:, :fold], (0, 0, 0, 0, 0, 0, 0, 1))
+    earlier = F.pad(x[:, :-1, fold : 2 * fold], (0, 0, 0, 0, 0, 0, 1, 0))
+    return torch.cat([later, earlier, x[:, :, 2 * fold :]], 2).flatten(0, 1)
+
+
+Shift = tuple[int, int] | None  # frames per clip and share, of `temporal_shift` at the start of every residual branch
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions; ``dilation`` is that of the first, as in the released code of VFS."""
 
@@ -65,9 +82,10 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes)
         self.downsample = downsample
 
-    def forward(self, x: Tensor, stride: int, dilation: int) -> Tensor:
+    def forward(self, x: Tensor, stride: int, dilation: int, shift: Shift = None) -> Tensor:
         """(N, C, H, W) to (N, planes, H / stride, W / stride)."""
-        y = F.relu(self.bn1(convolve(self.conv1, x, stride, dilation)), inplace=True)
+        y = x if shift is None else temporal_shift(x, *shift)
+        y = F.relu(self.bn1(convolve(self.conv1, y, stride, dilation)), inplace=True)
         y = self.bn2(self.conv2(y))
         return F.relu(y + carry(self.downsample, x, stride), inplace=True)
 
@@ -87,9 +105,10 @@ class Bottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(planes * self.expansion)
         self.downsample = downsample
 
-    def forward(self, x: Tensor, stride: int, dilation: int) -> Tensor:
+    def forward(self, x: Tensor, stride: int, dilation: int, shift: Shift = None) -> Tensor:
         """(N, C, H, W) to (N, 4 * planes, H / stride, W / stride)."""
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = x if shift is None else temporal_shift(x, *shift)
+        y = F.relu(self.bn1(self.conv1(y)), inplace=True)
         y = F.relu(self.bn2(convolve(self.conv2, y, stride, dilation)), inplace=True)
         y = self.bn3(self.conv3(y))
         return F.relu(y + carry(self.downsample, x, stride), inplace=True)
@@ -111,7 +130,8 @@ class FrameOptions(TrunkOptions, total=False):
     """Options of the ResNets over frames.
 
     channels: of the input. pool: over time. stem: ``7x7`` (stride 2, then max-pool) or ``3x3`` (stride 1, no max-pool)
-    for pictures of about 32 pixels. strides, dilations: of res2 to res5; they never change the parameters.
+    for pictures of about 32 pixels. strides, dilations: of res2 to res5; they never change the parameters. shift: 8
+    makes it a TSM, where in every block 1/8 of the channels look a frame ahead and 1/8 a frame back; 0 = none.
     """
 
     channels: int
@@ -119,6 +139,7 @@ class FrameOptions(TrunkOptions, total=False):
     stem: Stem
     strides: Sequence[int]
     dilations: Sequence[int]
+    shift: int
 
 
 class Trunk(Encoder):
@@ -173,7 +194,9 @@ class Trunk(Encoder):
     def _reductions(self) -> dict[str, tuple[int, ...]]:
         """`reductions` from ``strides`` and ``small_stem``."""
 
-    def planes(self, x_NCHW: Tensor, stage: str, strides: Sequence[int], dilations: Sequence[int]) -> Tensor:
+    def planes(
+        self, x_NCHW: Tensor, stage: str, strides: Sequence[int], dilations: Sequence[int], shift: Shift = None
+    ) -> Tensor:
         """Maps of pictures after ``stage``.
 
         dilations: of each stage's 3x3 convolutions; its first block has half of it, so that the field of view grows
@@ -186,7 +209,8 @@ class Trunk(Encoder):
         layers = (self.layer1, self.layer2, self.layer3, self.layer4)
         for layer, stride, dilation in zip(layers[:last], strides[:last], dilations[:last], strict=True):
             for number, block in enumerate(layer):
-                x = block(x, 1, dilation) if number else block(x, stride, max(dilation // 2, 1))
+                at = (1, dilation) if number else (stride, max(dilation // 2, 1))
+                x = block(x, *at, shift)
         return x
 
 
@@ -203,13 +227,17 @@ class FrameResNet(Trunk):
         stem: Stem = "7x7",
         strides: Sequence[int] = STRIDES,
         dilations: Sequence[int] = DILATIONS,
+        shift: int = 0,
         **options: Unpack[TrunkOptions],
     ) -> None:
+        if shift != 0 and shift < 2:
+            raise ValueError(f"shift must be 0 or at least 2, got {shift}")
         if pool not in ("mean", "max"):
             raise ValueError(f"pool must be mean or max, got {pool!r}")
         spec = video_spec(num_frames=1, size=32 if stem == "3x3" else 224, channels=channels)
         super().__init__(block, depths, spec, stem=stem, strides=strides, dilations=dilations, **options)
         self.pool = pool
+        self.shift = shift
 
     def _reductions(self) -> dict[str, tuple[int, ...]]:
         stem = 1 if self.small_stem else 4
@@ -229,6 +257,7 @@ class FrameResNet(Trunk):
             stage,
             self.strides if strides is None else stage_strides("strides", strides),
             self.dilations if dilations is None else stage_values("dilations", dilations),
+            (x.shape[2], self.shift) if self.shift else None,
         )
         return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
 

@@ -63,7 +63,7 @@ class Config:
     groups: int = 1
     """Groups of a process's batch with batch statistics of their own, as if each were a process."""
     negatives: Literal["none", "hard", "mochi"] = "none"
-    """hard: weight and debias the queue (HCL); mochi: add mixes of the hardest keys (MoCHi); none: the queue as it is."""
+    """none: the queue as it is; hard: weighted and debiased (HCL); mochi: with mixes of the hardest keys (MoCHi)."""
     beta: float = 1.0
     """hard: concentration on keys near the query, on similarities over the temperature; 0 weighs all alike."""
     tau_plus: float = 0.0

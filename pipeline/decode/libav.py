@@ -11,6 +11,7 @@ checks that before the first use.
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 import weakref
 from collections import OrderedDict
@@ -108,6 +109,8 @@ class LibavDecoder:
             )
             if outcome <= 0:
                 return outcome == 0
+            if outcome > os.fstat(place[0]).st_size + _BUFFER_BYTES:  # a damaged index may ask for any amount
+                return False
             self._grow(outcome)
         return False
 
@@ -147,6 +150,8 @@ def library() -> ctypes.CDLL:
     """PyAV's libavcodec and libavutil; ImportError where something is not as expected."""
     import av.codec.context
 
+    from clipmill.pipeline.decode import libav_calls as at
+
     if sys.maxsize < 1 << 32 or not sys.platform.startswith(("linux", "darwin")):
         raise ImportError(f"the libav backend is for 64-bit Linux and macOS, not {sys.platform}")
     lib = ctypes.CDLL(av.codec.context.__file__)  # symbols are looked up in what this module is linked with
@@ -176,6 +181,7 @@ def library() -> ctypes.CDLL:
             function = getattr(lib, name)
             function.restype, function.argtypes = result, arguments
         known = lib.avcodec_version() >> 16 in _MAJORS and _as_expected(lib)
+        known = known and all(_address(lib, name) for name in at.CALLS)
     except AttributeError as error:
         raise ImportError(f"PyAV's libavcodec lacks a function ({error})") from error
     if not known:
@@ -211,9 +217,8 @@ def _words(address: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _address(lib: ctypes.CDLL, name: str) -> int:
-    """Where a function is; 0 if the system does not have it."""
-    function = getattr(lib, name, None)
-    return 0 if function is None else ctypes.cast(function, ctypes.c_void_p).value or 0
+    """Where a function is; AttributeError if the library does not have it."""
+    return ctypes.cast(getattr(lib, name), ctypes.c_void_p).value or 0
 
 
 def _open(lib: ctypes.CDLL, codec: CodecConfig) -> int:

@@ -19,8 +19,8 @@ from clipmill.pipeline.jit import compiled
 
 # addresses in `calls`
 CALLS = ("pread", "av_crc", "avcodec_flush_buffers", "avcodec_send_packet", "avcodec_receive_frame",
-         "av_image_copy_plane", "av_gettime_relative", "posix_fadvise")  # fmt: skip
-_PREAD, _CRC, _FLUSH, _SEND, _RECEIVE, _COPY_PLANE, _CLOCK, _ADVISE = range(8)
+         "av_image_copy_plane", "av_gettime_relative")  # fmt: skip
+_PREAD, _CRC, _FLUSH, _SEND, _RECEIVE, _COPY_PLANE, _CLOCK = range(7)
 # places in `handles`
 CONTEXT, PACKET, PICTURE, CRC_TABLE, BUFFER, CAPACITY = range(6)
 # fields of AVPacket and AVFrame, in words of 64 or 32 bits (FFmpeg 6 to 8)
@@ -33,7 +33,6 @@ UNUSUAL = -1  # an outcome: let the reference decoder do it
 
 _PLANAR_420 = (0, 12)  # AV_PIX_FMT_YUV420P, AV_PIX_FMT_YUVJ420P
 _GAP_BYTES = 32 << 10  # to read so many bytes more costs no more than another read
-_WILL_NEED = 3  # POSIX_FADV_WILLNEED
 
 
 def _caller(bits: int) -> Any:
@@ -161,19 +160,6 @@ def _receive(calls, handles, picture, picture32, targets, served, payload, size,
             found += 1
         report[COPY_US] += _call64(calls[_CLOCK], ()) - start_us
     return found
-
-
-@compiled
-def will_need(calls, sizes, runs, fd, offset):
-    """Ask the system to begin reading the packets of these runs."""
-    until = np.int64(0)
-    for number in range(len(runs)):
-        first = runs[number, 0]
-        if first < until:
-            continue
-        until, length = _extent(sizes, runs, number, first, np.int64(1) << 40)
-        begin = offset + _bytes(sizes, 0, first)
-        _call32(calls[_ADVISE], (np.int64(fd), begin, length, np.int64(_WILL_NEED)))
 
 
 @compiled

@@ -90,7 +90,9 @@ class PyavDecoder:
             try:
                 context.open()
             except (av.FFmpegError, ValueError) as error:
-                raise DecodeError(f"{record.shard}: {record.key!r} has a damaged codec configuration ({error})") from error
+                raise DecodeError(
+                    f"{record.shard}: {record.key!r} has a damaged codec configuration ({error})"
+                ) from error
             if len(self._contexts) >= _MAX_CONTEXTS:
                 self._contexts.popitem(last=False)
             self._contexts[key] = context

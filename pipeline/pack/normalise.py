@@ -21,6 +21,8 @@ from clipmill.pipeline.pack.scan import NO_TIME, Scan, Times, Walk
 from clipmill.pipeline.pack.settings import PackSettings
 from clipmill.pipeline.pack.timeline import Cadence
 
+# these mark damaged frames as such; others fill gaps with what is in their memory and say nothing, unless told to fail
+_SAY_ERRORS = ("h264",)
 _MAX_S = 48 * 3600  # longer than any real recording: a broken clock
 
 
@@ -74,6 +76,8 @@ class Pictures:
     ) -> None:
         self._context = stream.codec_context
         self._context.thread_count = 1  # several threads report errors late, and the workers use the cores
+        if self._context.name not in _SAY_ERRORS:
+            self._context.options = {"err_detect": "explode"}
         self._walk = Walk(container, [stream])
         self._times = scan.times
         self._early_last = scan.early_last and scan.times is not Times.STAMPS

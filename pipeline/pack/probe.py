@@ -133,8 +133,15 @@ class _Bytes:
 
     def __init__(self, media: Media) -> None:
         self.read = media.read
-        self.seek = media.seek
         self.tell = media.tell
+        self._seek = media.seek
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Move the position; a negative number where there is no such place, as damaged files ask for."""
+        try:
+            return self._seek(offset, whence)
+        except (OSError, OverflowError):
+            return -errno.EINVAL
 
 
 def raise_if_memory(error: av.FFmpegError) -> None:

@@ -23,7 +23,6 @@ _JOINED = ("mpegts", "mpeg", "mpegvideo", "rm", "ogg")  # formats that are cut a
 _DURATION_KNOWN = ("matroska,webm", "flv", "asf")  # formats whose header says how long the file is
 _REORDER_S = 60  # no frame is stored that long before it is shown
 _BLAMED = 4  # packets before a joint that may be called corrupt without being it
-_REORDER = 16  # frames; no codec shows a frame later after it was stored
 NO_TIME = -(1 << 62)
 
 
@@ -185,11 +184,14 @@ class Scanner:
         times = np.unique(ticks)
         ends_early = walk.cut or self._ends_early(media, container, walk.end_s)
         whole = len(times)
-        if (np.diff(ticks) < 0).any():
-            whole = _without_holes(times)
-            if ends_early and len(self._ticks[Times.ORDER]):
-                usual = round(1 / (tick * (stream.average_rate or 25)))
-                whole = min(whole, _settled(times, self._ticks[Times.ORDER][-1], usual))
+        if len(times) and kind is Times.STAMPS:
+            decode_times = self._ticks[Times.ORDER] or ticks[:1]
+            said = [rate for rate in (stream.average_rate, stream.base_rate, stream.guessed_rate) if rate]
+            usual = self._last_ticks or round(1 / (tick * max(said, default=Fraction(25))))
+            late_s = (container.duration or 0) / av.time_base - float(walk.end_s)
+            knows = container.format.name in _DURATION_KNOWN and late_s > 0.5 * usual * tick
+            if ends_early or knows or container.format.name in _JOINED:
+                whole = _settled(times, decode_times[-1], usual, bool(ends_early) or knows)
         rate = frame_rate(times[:whole], tick, [stream.average_rate, stream.base_rate, stream.guessed_rate])
         keyframes = [(number, NO_TIME if (time := t[kind]) is None else time) for number, t in self._keyframes]
         scan = Scan(rate, kind, self.packets, keyframes, truncated=ends_early)
@@ -220,29 +222,20 @@ class Scanner:
         return ""
 
 
-def _settled(times: np.ndarray, last_decode_time: int, usual: int) -> int:
-    """How many of the first of the (N,) times have none missing between them, in a file that is cut off.
+def _settled(times: np.ndarray, last_decode_time: int, usual: int, suspected: bool) -> int:
+    """How many of the first of the (N,) times have none missing between them.
 
-    What would have come is decoded, and so shown, after the last decode time. Frames beyond that count only as long as
-    one follows the other at the ``usual`` distance.
+    Frames are stored in another order than they are shown. So a file that is cut off lacks not only the last frames
+    but also some between those that are there, and in their place an earlier frame would be shown. What would have
+    come is decoded, and so shown, after the last decode time. Frames beyond that count only as long as one follows the
+    other at the usual distance: that of the frames before, or ``usual``. Without a suspicion that the file is cut off
+    this is done to evenly spaced frames only, because others may have a pause there.
     """
     whole = max(int(np.searchsorted(times, last_decode_time, "right")), 1)
+    steps = np.diff(times[:whole])
+    if not suspected and (len(steps) < 2 or np.ptp(steps) > max(2, 0.1 * steps.max())):
+        return len(times)
+    usual = float(np.median(steps)) if len(steps) > 1 else usual
     while whole < len(times) and times[whole] - times[whole - 1] <= 1.5 * usual:
         whole += 1
     return whole
-
-
-def _without_holes(times: np.ndarray) -> int:
-    """How many of the (N,) times are left when a stream of evenly spaced frames loses its last ones.
-
-    Frames are stored in another order than they are shown. So a file that is cut off lacks not only the last frames
-    but also some between those that are there, and in their place an earlier frame would be shown.
-    """
-    if len(times) < 2 * _REORDER:
-        return len(times)
-    steps = np.diff(times)
-    body, tail = steps[:-_REORDER], steps[-_REORDER:]
-    holes = np.flatnonzero(tail > 1.5 * np.median(body))
-    if not len(holes) or body.max() - body.min() > max(2, 0.1 * body.max()):
-        return len(times)
-    return len(body) + int(holes[0]) + 1

@@ -48,7 +48,12 @@ def pack_still(media: Media, path: str, settings: PackSettings) -> tuple[Picture
         payload = out.getvalue()
     facts["normalised"] = {"kept": kept, "turned": turned, "size": list(rgb.size)}
     Path(path).write_bytes(payload)
-    return _picture(path, payload, rgb), facts
+    try:
+        return _picture(path, payload, rgb), facts
+    except Rejected as fault:
+        if kept:  # it is not ours
+            raise Rejected("damaged", f"decoders do not agree what it shows ({fault.detail})") from fault
+        raise
 
 
 def canonical_size(width: int, height: int, short_side: int | None) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from clipmill.models.losses import accuracy, entropy, nt_xent
 from clipmill.pipeline import augment
 from clipmill.pipeline.config import TrainConfig
 from clipmill.pipeline.optim import Lars, peak_lr, schedule
-from clipmill.pipeline.spec import VideoSpec
+from clipmill.pipeline.spec import CutCenter, VideoSpec
 
 FAMILIES = ("ntxent", "proj_head", "lars", "lr", "image_ops")
 ADAPTED = ("conv", "dense", "zero")
@@ -179,6 +179,9 @@ def test_evaluation_crop(golden: Path) -> None:
             cut = (0.875 * height, 0.875 * height * columns / rows)
         h, w = (int(np.rint(side)) for side in cut)
         top, left = (height - h + 1) // 2, (width - w + 1) // 2
+        if rows == columns:
+            box = CutCenter().boxes(np.zeros(1, np.uint64), np.array([height]), np.array([width])).box
+            assert box.tolist() == [[left, top, w, h]]
         spec = VideoSpec(size=rows, interpolation="bicubic", antialias=False)
         down = augment.resize_matrix(rows, 0, h, 0, h, h, spec)
         across = augment.resize_matrix(columns, 0, w, 0, w, w, spec)

@@ -1,6 +1,7 @@
 """Golden numbers of MoCo's steps, and of VideoMoCo's schedule, clip table and evaluation (official repositories).
 
-Run as a script, this file is one of the processes that replay a case of several: ``test_videomoco.py FILE``.
+VideoMoCo's second stage is in test_videomoco_second_stage.py. Run as a script, this file is one of the processes that
+replay a case of several: ``test_videomoco.py FILE``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from clipmill.pipeline.views import Uniform, View, random_start
 from clipmill.tools import metrics
 
 FAMILIES = ("moco_steps", "lr_schedule", "clip_sampling", "clip_eval")
-# Parts of the second stage, which this package does not have yet; another file must not go unnoticed.
+# In test_videomoco_second_stage.py.
 SECOND_STAGE = ("decay_queue", "frame_drop", "generator", "adversarial_steps", "gpu_augment")
 
 

@@ -52,7 +52,7 @@ def slow_ap(found: Labelled, truth: Labelled, label: int, limit: float) -> float
     return area
 
 
-@settings(max_examples=10)
+@settings(max_examples=10, deadline=None)
 @given(seeds)
 def test_average_precision_is_its_definition(seed):
     found, truth = some(seed)
@@ -62,7 +62,7 @@ def test_average_precision_is_its_definition(seed):
         np.testing.assert_allclose(score.ap[row], expected, rtol=1e-12)
 
 
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 @given(seeds)
 def test_invariants_of_detection(seed):
     found, truth = some(seed)
@@ -144,7 +144,7 @@ def proposal_case(seed: int) -> tuple[dict, dict]:
     return found, truth
 
 
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 @given(seeds)
 def test_invariants_of_average_recall(seed):
     found, truth = proposal_case(seed)

@@ -21,7 +21,7 @@ def test_segments_are_the_labelling(labels):
     assert len(kept) == (found.label != 0).sum()
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.text("ab", max_size=7), st.text("ab", max_size=7))
 def test_edit_distance_is_the_fewest_changes(first, second):
     @cache

@@ -1,0 +1,116 @@
+"""The index track: an index of many records, written bit by bit, opened and used by a process that only loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, overload
+
+from clipmill.pipeline.record import INDEX_FILE, ShardIndex, VideoRecord, uid_of, write_index
+
+
+class Repeated(Sequence[VideoRecord]):
+    """``count`` records that differ in their names only and are made when they are looked at.
+
+    All of them lie at the bytes of the records of ``index``, so they can be decoded. frames: the first so many of each.
+    """
+
+    def __init__(self, index: ShardIndex, count: int, frames: int) -> None:
+        self._models = [_shortened(record, frames) for record in index]
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, place: int) -> VideoRecord: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[VideoRecord]: ...
+    def __getitem__(self, place: int | slice) -> VideoRecord | list[VideoRecord]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(self._count))]
+        key = f"class {place % 400}/video {place:09d}"
+        return replace(self._models[place % len(self._models)], index=place, uid=uid_of(key), key=key, source=key)
+
+    def __iter__(self) -> Iterator[VideoRecord]:
+        return (self[number] for number in range(self._count))
+
+
+def _shortened(record: VideoRecord, frames: int) -> VideoRecord:
+    frames = min(frames, record.num_frames)
+    keys = record.keyframes[record.keyframes < frames]
+    sizes, crcs = record.packet_sizes[:frames], record.packet_crcs[:frames]
+    shard = Path(record.shard).name
+    return replace(
+        record, shard=shard, num_frames=frames, packet_sizes=sizes, packet_crcs=crcs, keyframes=keys, label=-1
+    )
+
+
+def measure(index: ShardIndex, folder: Path, count: int, frames: int) -> dict[str, Any]:
+    """Write an index of ``count`` records into ``folder`` and let a fresh process open and use it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in index.shards:
+        link = folder / shard.name
+        if not link.exists():
+            link.symlink_to(shard.resolve())
+    start_s = time.perf_counter()
+    write_index(folder / INDEX_FILE, Repeated(index, count, frames), [path.name for path in index.shards], [])
+    facts: dict[str, Any] = {"records": count, "frames_per_record": frames, "write_s": time.perf_counter() - start_s}
+    facts["file_mb"] = (folder / INDEX_FILE).stat().st_size / 1e6
+    command = [sys.executable, "-m", "clipmill.tools.bench.million", str(folder)]
+    trials = [json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(5)]
+    (folder / INDEX_FILE).unlink()
+    return facts | {name: sorted(trial[name] for trial in trials)[2] for name in trials[0]}
+
+
+def use(folder: Path) -> dict[str, float]:
+    """Open an index, make the first batch of a shuffled epoch, and say how long that took and how much memory."""
+    import numpy as np
+
+    from clipmill.pipeline.fill import Engine
+    from clipmill.pipeline.order import Order
+    from clipmill.pipeline.slot import Job, Shape, Slot
+    from clipmill.pipeline.views import Clips, View
+
+    base_mb = _status_mb("VmRSS")
+    start_s = time.perf_counter()
+    index = ShardIndex.open(folder)
+    open_s = time.perf_counter() - start_s
+    planner = Clips(views=(View(name="clip", num_frames=16),))
+    usable = planner.usable(index)
+    assert usable.all()
+    shape = Shape.of(planner, index[0], 32)
+    engine = Engine(index, planner, Order(num_records=len(index), seed=1), shape, threads=1)
+    start_s = time.perf_counter()
+    engine.submit(Job(0, 0, 32, 0), lambda size: Slot(np.empty(size, np.uint8), shape)).result()
+    first_s = time.perf_counter() - start_s
+    start_s = time.perf_counter()
+    for number in range(1, 17):
+        engine.submit(Job(0, 32 * number, 32, number), lambda size: Slot(np.empty(size, np.uint8), shape)).result()
+    later_s = (time.perf_counter() - start_s) / 16
+    engine.close()
+    return {
+        "open_s": open_s,
+        "first_batch_s": open_s + first_s,
+        "later_batch_s": later_s,
+        "libraries_mb": base_mb,
+        "resident_mb": _status_mb("VmRSS"),
+        "own_mb": _status_mb("RssAnon"),
+    }
+
+
+def _status_mb(name: str) -> float:
+    """A line of this process's status in MB; 0 where the system has none."""
+    path = Path(f"/proc/{os.getpid()}/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(name + ":")), 0.0)
+
+
+if __name__ == "__main__":
+    print(json.dumps(use(Path(sys.argv[1]))))
