@@ -3,6 +3,7 @@
 One file per stage, in the order a source passes them: `run` plans the shards and drives an engine (`engine_local`),
 which calls `task` for every source in a killable process. There `probe` opens the file, `scan` looks at its packets,
 `timeline` decides what is shown when, `normalise` decodes and `convert` brings frames into one form, `encode` writes
-and `verify` decodes what was written; `audio` places the sound on the video's clock; `still` handles pictures. Back in
-the parent `write` makes shards of it. `audit` checks a finished data set.
+and `verify` decodes what was written (`keep`: the profile that copies); `audio` places the sound on the video's clock;
+`still` handles pictures. Back in the parent `write` makes shards of it. `audit` checks a finished data set, `estimate`
+packs a sample.
 """

@@ -27,6 +27,7 @@ from clipmill.pipeline.pack.verify import LOSSLESS_DB, Check, planes, read_table
 from clipmill.pipeline.record import CodecConfig
 
 _TIMELESS = Fraction(1, 25)  # the encoder counts frames; equal parameter sets at all rates let decoders be shared
+_GPU_SIDE = 64  # x265 corrupts memory with smaller pictures (seen at 64x48)
 _START_CODE = re.compile(rb"\x00*\x00\x00\x01")
 
 
@@ -268,6 +269,9 @@ def encode(
     try:
         for frame in frames:
             if writer is None:
+                width, height = canvas()[0].width, canvas()[0].height
+                if settings.profile == "gpu" and min(width, height) < _GPU_SIDE:
+                    raise Rejected("too_small", f"{width}x{height} pixels, profile gpu needs {_GPU_SIDE} on each side")
                 if settings.profile == "raw":
                     writer = RawWriter(path, canvas()[0], fps, canvas()[1])
                 else:

@@ -18,6 +18,7 @@ from clipmill.pipeline.decode.targets import fill
 from clipmill.pipeline.draws import fold
 from clipmill.pipeline.pack.engine import Engine, Failure
 from clipmill.pipeline.pack.engine_local import LocalEngine, cores
+from clipmill.pipeline.pack.outcome import Result
 from clipmill.pipeline.pack.run import pack, size_of
 from clipmill.pipeline.pack.settings import PackSettings
 from clipmill.pipeline.pack.write import MANIFEST_FILE
@@ -164,7 +165,7 @@ def _clips_per_s(index: ShardIndex) -> float:
 
 
 class _Timed:
-    """An engine that notes how many seconds each task took in its worker."""
+    """An engine that notes how many seconds each source took in its worker."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -177,7 +178,8 @@ class _Timed:
                 yield task, answer
             else:
                 seconds, result = answer
-                self.seconds.append(seconds)
+                if isinstance(result, Result):  # not the search for duplicates
+                    self.seconds.append(seconds)
                 yield task, result
 
 

@@ -27,6 +27,7 @@ REASONS = {
     "no_frames": "nothing in it decodes",
     "not_copyable": "cannot be kept as it is, as the profile `copy` wants; another profile takes it",
     "segment": "the part that was asked for lies outside the file",
+    "too_small": "fewer pixels than the profile's encoder can take",
     "too_large": "more pixels or seconds than can be packed",
     "truncated": "the file ends early",
     "damaged": "packets that do not decode",

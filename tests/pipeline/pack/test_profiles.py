@@ -79,9 +79,10 @@ def test_key_frames_and_size_of_every_profile(kit, profile):
 
 @pytest.mark.parametrize("profile", ["gpu", "intra", "jpeg", "raw"])
 def test_scaling_and_rate_work_in_every_profile(kit, profile):
-    index = packed(kit, [kit.film("a.mp4", frames=40)], profile, short_side=32, fps=Fraction(10))
+    path = kit.film("a.mp4", frames=40, size=(192, 128))
+    index = packed(kit, [path], profile, short_side=64, fps=Fraction(10))
     record = index[0]
-    assert (record.width, record.height, record.num_frames, record.fps) == (48, 32, 16, 10)
+    assert (record.width, record.height, record.num_frames, record.fps) == (96, 64, 16, 10)
     seen = frames(index, 0, list(range(16)))
     expected = [level(k * 25 // 10, profile == "jpeg") for k in range(16)]
     assert [seen[k] for k in range(16)] == pytest.approx(expected, abs=1.5)
@@ -104,6 +105,11 @@ def test_quality_decides_size_and_psnr(kit, profile):
     assert psnrs == sorted(psnrs, reverse=True)
     assert sizes[0] > 1.3 * sizes[2]
     assert psnrs[0] > psnrs[2] + 3
+
+
+def test_pictures_too_small_for_hevc_are_rejected(kit):
+    result = kit.pack(kit.film("a.mp4", frames=2, size=(96, 48)), profile="gpu")
+    assert (result.status, result.reason) == ("rejected", "too_small")
 
 
 def test_raw_is_the_decoded_frame_byte_for_byte(kit):
@@ -218,7 +224,7 @@ def test_an_estimate_is_close_to_the_truth_and_writes_nothing(kit, capsys):
     folder = kit.folder / "films"
     folder.mkdir()
     for number in range(6):
-        kit.film(f"films/{number}.mp4", frames=30, sound=kit.clicks(1.2, [0.5], 16000))
+        kit.film(f"films/{number}.mp4", frames=30 + number, sound=kit.clicks(1.2, [0.5], 16000))
     (folder / "text.mp4").write_text("no video")
     corpus = command.read_corpus(command.Args(source=folder, out=kit.folder / "none"))
     found = estimate(corpus, PackSettings(), sample=7, workers=1)

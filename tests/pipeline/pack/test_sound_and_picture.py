@@ -87,7 +87,7 @@ def test_flashes_and_clicks_stay_together(kit):
                     near = np.arange(low, high)
                     level = np.where(wave[row, low:high] > 0.02, wave[row, low:high], 0)
                     assert level.any(), f"{index[number].key}: a flash without its click"
-                    error = abs((near * level).sum() / level.sum() - place)
+                    error = abs(float((near * level).sum() / level.sum()) - place)
                     errors[index[number].key] = max(errors.get(index[number].key, 0.0), error)
                     heard += 1
     print({name: round(error, 2) for name, error in sorted(errors.items())}, "samples;", heard, "clicks")
