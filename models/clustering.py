@@ -8,6 +8,7 @@ their labels wherever no two centroids are as near to a point as float32 can tel
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -124,7 +125,7 @@ def _faiss_kmeans(x_ND: np.ndarray, centroids_KD: np.ndarray, iterations: int, s
     )
 
 
-def _faiss():
+def _faiss() -> Any:
     try:
         import faiss
     except ImportError:

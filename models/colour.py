@@ -34,7 +34,8 @@ def lab8_from_rgb(rgb: Tensor) -> Tensor:
     """
     gamma, root, matrix = (table.to(rgb.device) for table in _tables())
     linear = gamma[(rgb * 255).round().clamp(0, 255).long()]
-    x, y, z = (sum(matrix[row, c] * linear[:, c] for c in range(3)) for row in range(3))
+    r, g, b = linear.unbind(1)
+    x, y, z = (row[0] * r + row[1] * g + row[2] * b for row in matrix)
     fx, fy, fz = (root[_descaled(v, _MATRIX_BITS)] for v in (x, y, z))
     one = 1 << _ROOT_BITS
     lightness = _descaled((116 * 255 + 50) // 100 * fy - (16 * 255 * one + 50) // 100, _ROOT_BITS)

@@ -64,14 +64,14 @@ def learn_colours(codec: ColourCodec, lab8_N3HW: Tensor, *, steps: int, batch_si
 
     lab8_N3HW: uint8 on any device. Batches are drawn from torch's generator; Adam with a cosine to 0.
     """
-    device = next(codec.parameters()).device
+    like = next(codec.parameters())
     codec.requires_grad_(True)
     optimizer = torch.optim.Adam(codec.parameters(), lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     found = float("nan")
     for _ in range(steps):
         rows = torch.randint(len(lab8_N3HW), (batch_size,))
-        lab = unit_lab(lab8_N3HW[rows].to(device))
+        lab = unit_lab(lab8_N3HW[rows].to(like.device)).to(like.dtype)
         loss = lab_distance(codec.decode(codec.encode(lab)), lab).mean()
         optimizer.zero_grad()
         loss.backward()

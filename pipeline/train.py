@@ -135,7 +135,7 @@ def train(
                 clock.tick()
                 stop = dist.any_(signals.received != 0)
                 probed = probe is not None and (step == total or step % (probe_every * per_epoch) == 0)
-                if probed and dist.is_main():
+                if probe is not None and probed and dist.is_main():
                     since = time.perf_counter()
                     notes.update(probe())
                     clock.leave_out(time.perf_counter() - since)

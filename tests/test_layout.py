@@ -233,7 +233,17 @@ def test_the_pipeline_knows_no_tools_and_only_training_knows_what_a_method_is():
 def test_models_know_of_the_pipeline_only_what_they_declare():
     allowed = tuple(
         f"clipmill.pipeline.{name}"
-        for name in ("views", "sound_views", "frame_views", "spec", "sound_spec", "batch", "draws", "dist")
+        for name in (
+            "views",
+            "views_tuples",
+            "sound_views",
+            "frame_views",
+            "spec",
+            "sound_spec",
+            "batch",
+            "draws",
+            "dist",
+        )
     )
     forbidden = ("clipmill.pipeline", "clipmill.datasets", "clipmill.tools")
     assert breaches(sources("models"), forbidden, allowed) == set()

@@ -8,6 +8,7 @@ A proposal with duration index d and start index s is [s / T, (s + d + 1) / T]; 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ def sample_mask(steps: int, samples: int, bins: int = 3, extend: float = 0.5) ->
         left = (place > -1) & (place < 0)
         for index, weight in ((base, 1 - part), (base + 1, np.where(left, 1.0, part))):
             inside = (index >= 0) & (index < steps)
-            where = (index[inside].astype(np.int64), number // bins, d[inside], s[inside])
+            where: Any = (index[inside].astype(np.int64), number // bins, d[inside], s[inside])
             np.add.at(mask, where, weight[inside] / bins)
     return mask.astype(np.float32)
 

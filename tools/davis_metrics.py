@@ -29,7 +29,7 @@ def region_similarity(truth: np.ndarray, found: np.ndarray, void: np.ndarray | N
     if void is not None:
         truth, found = truth & ~void, found & ~void
     union = np.count_nonzero(truth | found)
-    return np.count_nonzero(truth & found) / union if union else 1.0
+    return float(np.count_nonzero(truth & found) / union) if union else 1.0
 
 
 def boundary_accuracy(

@@ -151,12 +151,12 @@ class ContrastCorr(Method):
         config = self.config
         joint = self.joint
         with torch.no_grad():
-            draws = PairDraws(*(batch.aux[f"draw{number}"] for number in range(len(PairDraws._fields))))
+            draws = PairDraws._make(batch.aux[f"draw{number}"] for number in range(len(PairDraws._fields)))
             sizes = torch.stack([batch.aux["height"], batch.aux["width"]], 1).long().tolist()
-            frames = [batch.video[name][:, :, 0] for name in ("reference", "target")]
+            reference, target = (batch.video[name][:, :, 0] for name in ("reference", "target"))
             cut_out = joint_pair if joint else warm_pair
-            pair = cut_out(*frames, sizes, draws, config.size, config.frame, config.multiple)
-            lab_r, lab_t = (unit_lab(lab8).to(frames[0]) for lab8 in pair)
+            pair = cut_out(reference, target, sizes, draws, config.size, config.frame, config.multiple)
+            lab_r, lab_t = (unit_lab(lab8).to(reference) for lab8 in pair)
         channels = dropped_channels(Draws(self.step_key, dist.rank(), "channels"), config.drop_channels)
         f_r, f_t = (
             self.trunk.maps(network_input(lab, channels)[:, :, None], "res5")[:, :, 0] for lab in (lab_r, lab_t)

@@ -199,13 +199,13 @@ def crisscross_loss(
         if config.pre_norm:
             z = {name: unit(value) for name, value in z.items()}
         p = {name: predictors[name[0]](value) for name, value in z.items()}
-        weights = dict(zip(INTRA, (config.video_weight, config.audio_weight), strict=True))
+        weights: dict[str, float] = dict(zip(INTRA, (config.video_weight, config.audio_weight), strict=True))
         weights |= dict.fromkeys(SYNC, config.sync_weight) | dict.fromkeys(ASYNC, config.async_weight)
         families = ((INTRA, config.intra), (SYNC, config.sync), (ASYNC, config.asynchronous))
         enabled = [name for names, on in families if on for name in names]
         used = [name for name in enabled if name[:2] in z and name[2:] in z]
         zero = next(iter(z.values())).new_zeros(())
-        terms = dict.fromkeys(weights, zero)
+        terms: dict[str, Tensor] = {str(name): zero for name in weights}
         for name in used:
             one, other = name[:2], name[2:]
             terms[name] = (_distance(p[one], z[other]) + _distance(p[other], z[one])) / 2

@@ -109,6 +109,10 @@ class Xdc(Method):
 
     Config = Config
     rank_invariant = True
+    uids: Tensor
+    rows: Tensor
+    labels: Tensor
+    weights: Tensor
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -171,7 +175,9 @@ class Xdc(Method):
         losses, metrics = [], {}
         for modality in MODALITIES:
             targets = TARGETS[self.config.variant][modality]
-            logits = [head(features[modality]) for head in self.heads[modality]]  # type: ignore[union-attr]
+            heads = self.heads[modality]
+            assert isinstance(heads, nn.ModuleList)
+            logits = [head(features[modality]) for head in heads]
             answers = [labels[self.sets.index(name)] for name in targets]
             weights = [self.weights[self.sets.index(name)] for name in targets]
             losses.append(cluster_loss(logits, answers, weights, self.config.second_weight))

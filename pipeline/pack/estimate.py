@@ -180,7 +180,7 @@ class _Timed:
                 seconds, result = answer
                 if isinstance(result, Result):  # not the search for duplicates
                     self.seconds.append(seconds)
-                yield task, result
+                yield task, answer[1]
 
 
 def _timed(call: tuple[Callable[[Any], Any], Any]) -> tuple[float, Any]:

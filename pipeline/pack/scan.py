@@ -235,7 +235,7 @@ def _settled(times: np.ndarray, last_decode_time: int, usual: int, suspected: bo
     steps = np.diff(times[:whole])
     if not suspected and (len(steps) < 2 or np.ptp(steps) > max(2, 0.1 * steps.max())):
         return len(times)
-    usual = float(np.median(steps)) if len(steps) > 1 else usual
-    while whole < len(times) and times[whole] - times[whole - 1] <= 1.5 * usual:
+    step = float(np.median(steps)) if len(steps) > 1 else usual
+    while whole < len(times) and times[whole] - times[whole - 1] <= 1.5 * step:
         whole += 1
     return whole

@@ -252,7 +252,7 @@ def test_selections_from_tuples() -> None:
 
 def test_short_videos_are_left_out(dataset: ShardIndex) -> None:
     assert planner().usable(dataset).all()
-    assert not planner(21).usable(dataset).any()  # of 40 to 45 frames
+    assert not planner(23).usable(dataset).any()  # of 40 to 45 frames
     with pytest.raises(ValueError, match=r"views of N, N and 1 frames with N >= 3, got \[2, 2, 1\]"):
         planner(2).usable(dataset)
 

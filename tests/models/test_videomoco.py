@@ -235,7 +235,7 @@ def test_both_networks_stay_equal_in_two_processes(run_ranks) -> None:
 
 
 def train_together() -> None:
-    method = small(strict=False)
+    method = small(strict=False, queue_size=16)
     model = DistributedDataParallel(method, broadcast_buffers=False)
     sgd = torch.optim.SGD([param for param in method.parameters() if param.requires_grad], 0.1, 0.9)
     start = [param.detach().clone() for params in split(method) for param in params]

@@ -27,6 +27,7 @@ def test_mutants_are_a_function_of_the_seed():
     assert ways == {way.__name__.strip("_") for way in mutate.WAYS}
 
 
+@pytest.mark.slow
 def test_seeds_are_packed_without_a_finding(seeds, tmp_path):
     _, paths = seeds
     assert len(paths) >= 20
@@ -39,6 +40,7 @@ def test_seeds_are_packed_without_a_finding(seeds, tmp_path):
             assert (count, altered, finding) == (mutate.FRAMES, 0, "")
 
 
+@pytest.mark.slow
 def test_a_wrong_frame_is_found(seeds, tmp_path, monkeypatch):
     """A packer that shows a neighbouring frame, and one that gives a reason that is none."""
     folder, paths = seeds
@@ -58,6 +60,7 @@ def test_a_wrong_frame_is_found(seeds, tmp_path, monkeypatch):
     assert "for no good reason" in verdict.finding
 
 
+@pytest.mark.slow
 def test_a_wrong_frame_of_a_shard_is_found(seeds, tmp_path, monkeypatch):
     folder = fuzzer.write_data_sets(seeds[1], tmp_path / "packed")
     expected = fuzzer._expected
@@ -79,6 +82,7 @@ def test_a_wrong_frame_of_a_shard_is_found(seeds, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("media", "shards"), [(240, 60), pytest.param(20_000, 5_000, marks=pytest.mark.slow, id="all")]
 )
+@pytest.mark.slow
 def test_nothing_is_found(media, shards):
     for what, count in (("media", media), ("shards", shards)):
         report = fuzz(what, count, seed=7, workers=2)

@@ -16,7 +16,7 @@ import tempfile
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -321,7 +321,7 @@ class _WrongError(Exception):
     """A frame or sample that is not the one that was packed."""
 
 
-def _here(run_task: Any, tasks: Any) -> Iterator[tuple[Any, Any]]:
+def _here(run_task: Any, tasks: Any) -> Generator[tuple[Any, Any], None, None]:
     """An engine in this process."""
     for task in tasks:
         yield task, run_task(task)

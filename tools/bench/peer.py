@@ -18,7 +18,7 @@ import resource
 import sys
 import time
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 SIZE, BATCH = 112, 32  # of the end-to-end track
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -110,7 +110,8 @@ class Webdataset(TorchcodecApproximate):
         with tarfile.open(path, "w") as tar:
             for number, name in enumerate(files):
                 tar.add(name, f"{number:08d}.mp4")
-        self.stream = iter(WebDataset(path, shardshuffle=False, empty_check=False).repeat().to_tuple("mp4"))
+        whole: Any = WebDataset(path, shardshuffle=False, empty_check=False).repeat()
+        self.stream = iter(whole.to_tuple("mp4"))
 
     def clips(self, file, clips):
         """Clips of whatever video comes next; its number is not that of the request."""

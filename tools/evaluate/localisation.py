@@ -7,7 +7,7 @@ are in percent, as the field writes them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -280,7 +280,9 @@ def _score(folder: Path, out: Path, test: Truth) -> tuple[dict[str, float], list
     rows: list[dict[str, Any]] = []
     artefacts = []
     if (folder / PROPOSALS).is_file():
-        found = {name: np.column_stack(parts[1:]) for name, parts in read_results(folder / PROPOSALS).items()}
+        found: Mapping[Hashable, np.ndarray] = {
+            name: np.column_stack(parts[1:]) for name, parts in read_results(folder / PROPOSALS).items()
+        }
         score = score_proposals(found, {video: one.segments for video, one in test.items()})
         metrics |= {"auc": score.auc} | {f"ar@{number}": 100 * score.at(number) for number in _AT}
         _write_curve(out / CURVE, score)

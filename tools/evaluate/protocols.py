@@ -24,7 +24,7 @@ _SIMCLR = {
     "schedule": "cosine",
     "min_area": 0.08,
     "zero_head": True,
-    "views": {"clips": 1, "centre": "cut"},
+    "views": {"clips": 1, "centre_crop": "cut"},
 }
 # Learning from few labels: no decay and no other regulariser; all weights are tuned from the pooled feature.
 _SIMCLR_FEW = {**_SIMCLR, "lr": 0.05, "weight_decay": 0.0}

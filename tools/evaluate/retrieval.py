@@ -1,4 +1,4 @@
-"""Video retrieval by frozen features: is one of the k nearest training records of a test record's class?
+"""Video retrieval by frozen features: whether one of the k nearest training records is of a test record's class.
 
 The test split are the queries, the training split is searched, by cosine; nothing is trained. Used on UCF101 and
 HMDB51 split 1 by D. Xu et al., "Self-supervised Spatiotemporal Learning via Video Clip Order Prediction" (CVPR 2019).

@@ -99,7 +99,7 @@ def _table(classes: tuple[str, ...]) -> dict[str, int]:
 
 def write_recognition(path: Path, labels_T: np.ndarray, classes: Sequence[str]) -> None:
     """Write the labels of a video's frames as the field's scripts read them."""
-    names = " ".join(classes[label] for label in labels_T.tolist())
+    names = " ".join(classes[int(label)] for label in labels_T)
     write_atomic(path, f"{HEADER}\n{names}".encode("utf-8", "surrogateescape"))
 
 

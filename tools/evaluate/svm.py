@@ -142,12 +142,12 @@ def squared_hinge(
     sign[torch.arange(len(x)), torch.from_numpy(label.astype(np.int64)).to(x.device)] = 1.0
     w = torch.zeros(x.shape[1], num_classes, dtype=x.dtype, device=x.device)
     score = x @ w
-    first: Tensor | None = None
-    for _ in range(_NEWTON_STEPS):
+    first = torch.zeros_like(score[0])  # gradient norms at the start
+    for number in range(_NEWTON_STEPS):
         slack = (1 - sign * score).clamp_min(0)
         gradient = w - 2 * cost * x.T @ (sign * slack)
         norm = gradient.norm(dim=0)
-        first = norm.clamp_min(torch.finfo(x.dtype).tiny) if first is None else first
+        first = first if number else norm.clamp_min(torch.finfo(x.dtype).tiny)
         if bool((norm <= tolerance * first).all()):
             return w.cpu().numpy()
         active = (slack > 0).to(x.dtype)

@@ -236,7 +236,7 @@ class Views:
     """Side of the input in pixels."""
     resize: int | None = None
     """Short side in pixels before cropping; default: size / 0.875, or size where three crops are taken."""
-    centre: Literal["resize", "cut"] = "resize"
+    centre_crop: Literal["resize", "cut"] = "resize"
     """Centre crop: resize, then cut (torchvision); or cut 0.875 of the short side, then resize that, bicubic and
     without low-pass filter (SimCLR)."""
     short: Literal["loop", "repeat"] = "loop"
@@ -300,14 +300,14 @@ def normalize(spec: InputSpec) -> Normalize:
 
 def resampling(options: Views) -> dict[str, Any]:
     """How pictures are resized, as arguments of `VideoSpec`."""
-    return {"interpolation": "bicubic", "antialias": False} if options.centre == "cut" else {}
+    return {"interpolation": "bicubic", "antialias": False} if options.centre_crop == "cut" else {}
 
 
 def _crop_specs(spec: InputSpec, options: Views) -> list[VideoSpec]:
     size = options.size or spec.size
-    if options.centre == "cut":
+    if options.centre_crop == "cut":
         if options.crops != "centre" or options.resize is not None:
-            raise ValueError("centre = cut takes one crop of its own size; leave --crops and --resize out")
+            raise ValueError("centre_crop = cut takes one crop of its own size; leave --crops and --resize out")
         return [VideoSpec(size=size, crop=CutCenter(), ops=(normalize(spec),), **resampling(options))]
     resize = options.resize or (size if options.crops == "three" else round(size / 0.875))
     if options.crops == "three" and resize != size:

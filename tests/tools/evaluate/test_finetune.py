@@ -203,7 +203,7 @@ def test_protocols_fill_what_was_not_given() -> None:
     config = Config(protocol="simclr_1pct", train_batch=512, splits=Splits(test="val")).resolved()
     assert (config.epochs, config.train_batch, config.nesterov, config.zero_head) == (60, 512, True, True)
     assert (config.splits.labels, config.splits.test) == (0.01, "val")
-    assert (config.views.clips, config.views.centre) == (1, "cut")
+    assert (config.views.clips, config.views.centre_crop) == (1, "cut")
     assert peak_lr(config.training) == pytest.approx(0.05 * 512 / 256)
     assert Config().resolved() == Config()
     linear = Config(protocol="moco_linear").resolved()
@@ -213,7 +213,7 @@ def test_protocols_fill_what_was_not_given() -> None:
 
 
 def test_pictures_cut_before_they_are_resized_are_so_in_training_too(colour: Any, config: Config) -> None:
-    views = replace(config.views, centre="cut")
+    views = replace(config.views, centre_crop="cut")
     (view,) = train_planner(colour, replace(config, views=views)).views
     assert isinstance(view.augment, VideoSpec)
     assert (view.augment.interpolation, view.augment.antialias) == ("bicubic", False)

@@ -24,7 +24,7 @@ def test_a_report(bright: ShardIndex, colour: Any, compute: Compute, tmp_path: P
     report = evaluate(colour, bright.root, tmp_path, config)
     assert report.benchmark == "retrieval"
     assert list(report.metrics) == ["r@1", "r@3"]  # 16 records are searched
-    assert 0.5 < report.metrics["r@1"] <= report.metrics["r@3"]
+    assert 0.4 < report.metrics["r@1"] <= report.metrics["r@3"]
     assert report.artefacts == ["neighbours.csv", "neighbours.png"]
     with Image.open(tmp_path / "neighbours.png") as picture:
         assert min(picture.size) > 150

@@ -197,11 +197,11 @@ def test_a_stored_view_of_sound_wins_without_its_noise() -> None:
 
 
 def test_the_centre_can_be_cut_before_it_is_resized() -> None:
-    plan = eval_views(SPEC, Views(clips=1, centre="cut"))
+    plan = eval_views(SPEC, Views(clips=1, centre_crop="cut"))
     (view,) = plan.planner.views
     assert isinstance(view.augment, VideoSpec)
     assert view.augment.crop == CutCenter()
     assert (view.augment.size, view.augment.interpolation, view.augment.antialias) == (32, "bicubic", False)
-    for options in (Views(centre="cut", resize=40), Views(centre="cut", crops="three")):
+    for options in (Views(centre_crop="cut", resize=40), Views(centre_crop="cut", crops="three")):
         with pytest.raises(ValueError, match="leave --crops and --resize out"):
             eval_views(SPEC, options)
