@@ -41,7 +41,7 @@ def test_the_tour_leaves_what_it_says(toured: Path) -> None:
     for name in ("shards/index.arrow", "inspected/index.html", "run/encoder.safetensors", "run/report.html"):
         assert (toured / name).is_file(), name
     assert (toured / "run/evaluate/linear/score.json").is_file()
-    assert (toured / "weights/model.safetensors").is_file()
+    assert (toured / "weights/encoder.safetensors").is_file()
 
 
 def test_the_code_runs(toured: Path) -> None:

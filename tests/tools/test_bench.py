@@ -145,7 +145,7 @@ def test_results_grow_track_by_track_and_are_written_whole(tmp_path: Path):
 
 def test_the_command_measures_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     make_footage(tmp_path / "videos", 1, seconds=1, size=(48, 64))
-    options = ["--data", tmp_path / "videos", "--short-side", 32, "--clips", 64, "--records", 50, "--device", "cpu"]
+    options = ["--data", tmp_path / "videos", "--short-side", 32, "--clips", 64, "--records", 600, "--device", "cpu"]
     tracks = ["--track", "soak", "augment", "index", "--out", tmp_path / "out", "--json"]
     assert cli.main(["bench", *map(str, [*options, *tracks])]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -154,7 +154,7 @@ def test_the_command_measures_prints_and_writes(tmp_path: Path, capsys: pytest.C
     assert facts["soak"]["clips"] == 64
     assert facts["soak"]["damaged"] == 0
     assert facts["augment"]["crop_flip_gb_s"] > 0
-    assert facts["index"]["records"] == 50
+    assert facts["index"]["records"] == 600
     assert 0 < facts["index"]["open_s"] < facts["index"]["first_batch_s"]
 
 

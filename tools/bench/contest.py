@@ -204,7 +204,7 @@ def _right_frames(
     """Share of the requests whose frames look most like those asked for, not like those before or after them.
 
     All frames of a request are compared at once, and only how they change: colour conversions differ between decoders
-    by more than neighbouring frames of a calm scene do. None where a request has one frame only.
+    by more than neighbouring frames of a calm scene do, in level and in contrast. None where a request has one frame only.
     """
     asked = [(file, [frame for frames in clips for frame in frames]) for file, clips, _ in requests[:_SHOWN]]
     shown = process.ask({"show": len(asked)}).get("fingerprints")
@@ -217,7 +217,9 @@ def _right_frames(
         for shift in (0, -2, -1, 1, 2):
             known = [truth(file, frame + shift) for frame in frames]
             if all(known):
-                costs[shift] = float(np.square((known - np.mean(known, 0)) - (seen - seen.mean(0))).sum())
+                x, y = np.asarray(known) - np.mean(known, 0), seen - seen.mean(0)
+                norm = float(np.linalg.norm(x) * np.linalg.norm(y))
+                costs[shift] = -float((x * y).sum()) / norm if norm else 0.0
         good += min(costs, key=lambda shift: costs[shift]) == 0
     return good / len(asked)
 

@@ -82,7 +82,9 @@ def test_bright_parts_are_proposed(corpus: ShardIndex, colour: Any, config: Conf
     assert segments.min() >= 0
     assert segments.max() <= 96 / FPS
     again = evaluate(None, corpus.root, tmp_path / "again", replace(config, score_only=tmp_path))
-    assert again.metrics == report.metrics
+    # the fifth video of the subset is not in the data set: nothing was found in it
+    assert again.settings["test_videos"] == 5
+    assert again.metrics["ar@100"] == pytest.approx(0.8 * report.metrics["ar@100"])
     assert again.artefacts == ["average_recall.csv"]
 
 
