@@ -204,7 +204,8 @@ def _right_frames(
     """Share of the requests whose frames look most like those asked for, not like those before or after them.
 
     All frames of a request are compared at once, and only how they change: colour conversions differ between decoders
-    by more than neighbouring frames of a calm scene do, in level and in contrast. None where a request has one frame only.
+    by more than neighbouring frames of a calm scene do, in level and in contrast. None where a request has one frame
+    only.
     """
     asked = [(file, [frame for frames in clips for frame in frames]) for file, clips, _ in requests[:_SHOWN]]
     shown = process.ask({"show": len(asked)}).get("fingerprints")
