@@ -127,11 +127,10 @@ def test_a_run_leaves_all_it_should_and_its_file_replays_it(
 
 def test_sigterm_ends_with_a_checkpoint_and_resume_finishes(dataset: ShardIndex, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
+    launch = [sys.executable, "-m", "clipmill.tools.cli"]  # each in a process of its own, whose state is the same
     more = ["--epochs", "60", "--log-every", "1"]
-    assert cli.main(command(dataset, whole, *more)) == 0
-    process = subprocess.Popen(
-        [sys.executable, "-m", "clipmill.tools.cli", *command(dataset, cut, *more)], stdout=subprocess.PIPE, text=True
-    )
+    subprocess.run([*launch, *command(dataset, whole, *more)], check=True)
+    process = subprocess.Popen([*launch, *command(dataset, cut, *more)], stdout=subprocess.PIPE, text=True)
     while not read_log(cut):
         assert process.poll() is None
         time.sleep(0.01)
@@ -141,7 +140,7 @@ def test_sigterm_ends_with_a_checkpoint_and_resume_finishes(dataset: ShardIndex,
     assert "with --resume continues" in output
     assert not (cut / "encoder.json").exists()
     assert 0 < len(read_log(cut)) < 60
-    assert cli.main(command(dataset, cut, *more, "--resume")) == 0
+    subprocess.run([*launch, *command(dataset, cut, *more, "--resume")], check=True)
     for name, tensor in weights(whole).items():
         np.testing.assert_array_equal(weights(cut)[name], tensor)
 
