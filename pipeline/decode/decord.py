@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from importlib import import_module
 
 import numpy as np
 
@@ -20,7 +21,7 @@ _CODECS = ("h264", "hevc", "mjpeg")  # its FFmpeg of 2018 has no AV1 decoder
 
 def new(reader: ShardReader) -> Decoder:
     """The backend's constructor."""
-    import decord
+    decord = import_module("decord")
 
     decord.logging.set_level(decord.logging.FATAL)
     return RgbDecoder(
@@ -30,7 +31,7 @@ def new(reader: ShardReader) -> Decoder:
 
 def pictures(source: str | bytes, numbers: Sequence[int]) -> np.ndarray:
     """Frames of any file or of its bytes as (N, height, width, 3) uint8 RGB."""
-    import decord
+    decord = import_module("decord")
 
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     video = decord.VideoReader(file, ctx=decord.cpu(0), num_threads=1)
