@@ -28,11 +28,18 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     torch._foreach_lerp_(mine, theirs, 1.0 - momentum)
 
 
-def in_groups(x: Tensor, groups: int) -> tuple[Tensor, ...]:
-    """A batch in equal parts, to pass through a network one by one, each with batch statistics of its own.
+class Follower:
+    """A teacher's pace: it follows once per optimiser step, before the step's first key, by weights of before it."""
 
-    One process then plays several. Raises ValueError if the batch cannot be cut so.
-    """
-    if len(x) % groups:
-        raise ValueError(f"{len(x)} samples per process cannot be cut into {groups} groups; use a multiple of groups")
-    return x.split(len(x) // groups)
+    def __init__(self) -> None:
+        self._due = True
+
+    def follow(self, teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+        """`follow`, unless it was done since the last `renew`."""
+        if self._due:
+            follow(teacher, student, momentum)
+            self._due = False
+
+    def renew(self) -> None:
+        """The optimiser has taken a step."""
+        self._due = True

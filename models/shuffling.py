@@ -11,8 +11,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clipmill.models.ema import in_groups
 from clipmill.pipeline import dist
+
+
+def in_groups(x: Tensor, groups: int) -> tuple[Tensor, ...]:
+    """A batch in equal parts, to pass through a network one by one, each with batch statistics of its own.
+
+    One process then plays several. Raises ValueError if the batch cannot be cut so.
+    """
+    if len(x) % groups:
+        raise ValueError(f"{len(x)} samples per process cannot be cut into {groups} groups; use a multiple of groups")
+    return x.split(len(x) // groups)
 
 
 def grouped(network: Callable[[Tensor], Tensor], x: Tensor, groups: int) -> Tensor:

@@ -76,6 +76,12 @@ def unit_rows(x_ND: np.ndarray) -> np.ndarray:
     return x_ND / np.where(norm == 0, 1, norm)
 
 
+def standardiser(x_ND: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """shift and scale, (D,): (x - shift) / scale has mean 0 and deviation 1; constant columns keep scale 1."""
+    shift, deviation = x_ND.mean(0), x_ND.std(0)
+    return shift, np.where(deviation > 1e-6 * (np.abs(shift) + 1e-6), deviation, 1).astype(x_ND.dtype)
+
+
 def nearest(query_ND: np.ndarray, gallery_MD: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k gallery rows most similar by cosine, nearest first: numbers (N, k') and similarities, k' = min(k, M).
 

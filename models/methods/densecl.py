@@ -17,11 +17,12 @@ from torch.nn import functional as F
 
 from clipmill.models.backbones.parts import init_convolutions
 from clipmill.models.dense import DenseNeck, DenseOutput, bounded_info_nce, correspondence, matched
-from clipmill.models.ema import follow, in_groups, teacher_of
+from clipmill.models.ema import Follower, teacher_of
 from clipmill.models.encoder import Encoder, EncoderConfig, build_encoder
 from clipmill.models.losses import accuracy, info_nce
 from clipmill.models.method import Method, Output, Recipe, input_spec, require, require_positive
 from clipmill.models.queue import KeyQueue
+from clipmill.models.shuffling import in_groups
 from clipmill.pipeline import dist
 from clipmill.pipeline.batch import ClipBatch
 from clipmill.pipeline.spec import RandomResizedCrop, moco_v2
@@ -133,7 +134,7 @@ class DenseCL(Method):
         self.queue = KeyQueue(config.out_dim, config.queue_size, whole_writes=True)
         self.queue2 = KeyQueue(config.out_dim, config.queue_size, whole_writes=True)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self._follow = True  # once per optimiser step, before its first key
+        self._follower = Follower()
 
     @property
     def encoder(self) -> Encoder:
@@ -168,9 +169,7 @@ class DenseCL(Method):
         config = self.config
         query = self._described(self.query, x_q)
         with torch.no_grad():
-            if self._follow:
-                follow(self.key, self.query, config.key_momentum)  # by weights of before this step
-                self._follow = False
+            self._follower.follow(self.key, self.query, config.key_momentum)
             key = self._keys(x_k, order)
             negatives, negatives2 = self.queue.keys.clone(), self.queue2.keys  # see `bounded_info_nce` for the second
             match = correspondence(query.map, key.map)
@@ -196,7 +195,7 @@ class DenseCL(Method):
 
     def after_step(self, step: int, num_steps: int) -> None:
         """The key network may follow again."""
-        self._follow = True
+        self._follower.renew()
         self.steps.fill_(step + 1)
 
 

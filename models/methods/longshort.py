@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from clipmill.models.backbones.channel_range import ChannelRange
-from clipmill.models.ema import follow, teacher_of
+from clipmill.models.ema import Follower, teacher_of
 from clipmill.models.encoder import Encoder, EncoderConfig, build_encoder
 from clipmill.models.heads import mlp
 from clipmill.models.losses import accuracy, info_nce, unit
 from clipmill.models.method import Method, Output, Recipe, input_spec, require, require_positive
 from clipmill.models.queue import KeyQueue
+from clipmill.models.shuffling import grouped, shuffled
 from clipmill.pipeline import dist
 from clipmill.pipeline.batch import ClipBatch
 from clipmill.pipeline.spec import RandomResizedCrop, moco_v2
@@ -172,7 +173,7 @@ class LongShort(Method):
         self.key = teacher_of(self.query)
         self.aggregate = Aggregator(config.aggregator, config.num_short, config.out_dim)
         self.queues = nn.ModuleDict({term: KeyQueue(config.out_dim, config.queue_size) for term in TERMS})
-        self._follow = True  # once per optimiser step, before its first key
+        self._follower = Follower()
 
     @property
     def encoder(self) -> Encoder:
@@ -234,9 +235,7 @@ class LongShort(Method):
         xi_q = self._embed(self.query, long_q, TERMS[2:])[:, 0]
         pairs = self._embed(self.query, short_BN.flatten(0, 1), TERMS[:2]).unflatten(0, (-1, num_short))
         with torch.no_grad():
-            if self._follow:
-                follow(self.key, self.query, self.config.key_momentum)  # by weights of before this step
-                self._follow = False
+            self._follower.follow(self.key, self.query, self.config.key_momentum)
             keys = self._keys(long_k, order)
             negatives = {
                 term: self.queue(term).keys.clone() for term in TERMS
@@ -255,23 +254,15 @@ class LongShort(Method):
         return queue
 
     def _keys(self, x: Tensor, order: Tensor | None) -> dict[str, Tensor]:
-        if order is None:
-            keys = self._embed(self.key, x, TERMS)
-        else:
-            keys = dist.exchange(self._embed(self.key, dist.exchange(x, order), TERMS), dist.inverse(order))
+        keys = shuffled(lambda rows: self._embed(self.key, rows, TERMS), x, order)
         return dict(zip(TERMS, keys.unbind(1), strict=True))
 
     def _embed(self, branch: Branch, x: Tensor, terms: tuple[str, ...]) -> Tensor:
-        count, groups = len(x), self.config.groups
-        if count % groups:
-            raise ValueError(
-                f"{count} samples per process cannot be cut into {groups} groups; use a multiple of groups"
-            )
-        return torch.cat([branch(part, terms) for part in x.split(count // groups)])
+        return grouped(lambda part: branch(part, terms), x, self.config.groups)
 
     def after_step(self, step: int, num_steps: int) -> None:
         """The key network may follow again."""
-        self._follow = True
+        self._follower.renew()
 
 
 # --- recipes ------------------------------------------------------------------------------------------------

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipmill.models.ema import follow, in_groups, teacher_of
+from clipmill.models.ema import Follower, teacher_of
 from clipmill.models.encoder import Encoder, EncoderConfig, build_encoder
 from clipmill.models.heads import mlp
 from clipmill.models.losses import accuracy, info_nce, unit
 from clipmill.models.method import EpochContext, Method, Output, Recipe, input_spec, require, require_positive
 from clipmill.models.negatives import draw_mixes, hard_nce, hardest, synthesise, with_synthetic
 from clipmill.models.queue import KeyQueue
+from clipmill.models.shuffling import grouped, shuffled
 from clipmill.pipeline import dist
 from clipmill.pipeline.batch import ClipBatch
 from clipmill.pipeline.spec import RandomResizedCrop, moco_v1, moco_v2
@@ -109,7 +110,7 @@ class MoCo(Method):
         self.queue = KeyQueue(config.out_dim, config.queue_size, whole_writes=True)
         self.register_buffer("mixing", torch.tensor(config.negatives == "mochi" and config.plain_epochs == 0))
         self._mixing: bool | None = None  # the same here, so that no step waits for a device
-        self._follow = True  # once per optimiser step, before its first key
+        self._follower = Follower()
 
     @property
     def encoder(self) -> Encoder:
@@ -149,9 +150,7 @@ class MoCo(Method):
         """
         q = self._embed(self.query, x_q)
         with torch.no_grad():
-            if self._follow:
-                follow(self.key, self.query, self.config.key_momentum)  # by weights of before this step
-                self._follow = False
+            self._follower.follow(self.key, self.query, self.config.key_momentum)
             k = self._keys(x_k, order)
             negatives = self.queue.keys.clone()  # the backward pass needs them after the push
             everyones = dist.gather(k)
@@ -185,12 +184,10 @@ class MoCo(Method):
         return self._mixing
 
     def _keys(self, x_k: Tensor, order: Tensor | None) -> Tensor:
-        if order is None:
-            return self._embed(self.key, x_k)
-        return dist.exchange(self._embed(self.key, dist.exchange(x_k, order)), dist.inverse(order))
+        return shuffled(lambda rows: self._embed(self.key, rows), x_k, order)
 
     def _embed(self, network: nn.Module, x: Tensor) -> Tensor:
-        return torch.cat([unit(network(part)) for part in in_groups(x, self.config.groups)])
+        return unit(grouped(network, x, self.config.groups))
 
     def before_epoch(self, context: EpochContext) -> None:
         """Synthetic negatives begin after the first ``plain_epochs`` epochs."""
@@ -199,7 +196,7 @@ class MoCo(Method):
 
     def after_step(self, step: int, num_steps: int) -> None:
         """The key network may follow again."""
-        self._follow = True
+        self._follower.renew()
 
 
 # --- recipes ------------------------------------------------------------------------------------------------

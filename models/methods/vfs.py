@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipmill.models.ema import follow, teacher_of
+from clipmill.models.ema import Follower, teacher_of
 from clipmill.models.encoder import Encoder, EncoderConfig, build_encoder
 from clipmill.models.heads import mlp
 from clipmill.models.losses import full_precision, unit
@@ -89,7 +89,7 @@ class Vfs(Method):
             self.queue = KeyQueue(trunk.dim, config.queue_size)
         else:
             self.predictor = mlp([trunk.dim, config.predictor_dim, trunk.dim], norm="affine")
-        self._follow = True  # once per optimiser step, before its first key
+        self._follower = Follower()
 
     @property
     def encoder(self) -> Encoder:
@@ -140,14 +140,12 @@ class Vfs(Method):
 
     @torch.no_grad()
     def _keys(self, x: Tensor) -> Tensor:
-        if self._follow:
-            follow(self.target, self.online, self.config.key_momentum)  # by weights of before this step
-            self._follow = False
+        self._follower.follow(self.target, self.online, self.config.key_momentum)
         return unit(self.target(x))
 
     def after_step(self, step: int, num_steps: int) -> None:
         """The key network may follow again."""
-        self._follow = True
+        self._follower.renew()
 
 
 def operators(colour: bool) -> tuple[Op, ...]:

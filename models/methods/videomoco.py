@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clipmill.models.ema import follow, teacher_of
+from clipmill.models.ema import Follower, teacher_of
 from clipmill.models.encoder import Encoder, EncoderConfig, build_encoder
 from clipmill.models.frame_dropper import FrameScorer, drop_frames
 from clipmill.models.heads import mlp
@@ -134,7 +134,7 @@ class VideoMoCo(Method):
         self.generator = None
         if config.drop:
             self.generator = FrameScorer(3 * config.num_frames, config.num_frames, config.size, config.hidden)
-        self._follow = True  # once per optimiser step, before its first key
+        self._follower = Follower()
 
     @property
     def encoder(self) -> Encoder:
@@ -199,9 +199,7 @@ class VideoMoCo(Method):
 
     @torch.no_grad()
     def _keys(self, x_k: Tensor, order: Tensor | None) -> Tensor:
-        if self._follow:
-            follow(self.key, self.query, self.config.key_momentum)  # by weights of before this step
-            self._follow = False
+        self._follower.follow(self.key, self.query, self.config.key_momentum)
         return shuffled(lambda rows: self._embed(self.key, rows), x_k, order)
 
     def _embed(self, network: nn.Module, x: Tensor) -> Tensor:
@@ -209,7 +207,7 @@ class VideoMoCo(Method):
 
     def after_step(self, step: int, num_steps: int) -> None:
         """The key network may follow again."""
-        self._follow = True
+        self._follower.renew()
 
 
 def adversarial_loss(q_dropped_ND: Tensor, q_full_ND: Tensor, weight: float = 100.0) -> Tensor:

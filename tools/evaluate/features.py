@@ -26,6 +26,7 @@ from clipmill.pipeline.views import Planner
 from clipmill.tools.evaluate.evaluator import Progress, silent, write_atomic
 from clipmill.tools.evaluate.opening import encoder_digest
 from clipmill.tools.evaluate.views import EvalPlan
+from clipmill.tools.metrics import unit_rows
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _VERSION = 1  # of the cached files; a new number makes old ones unknown
@@ -103,6 +104,10 @@ class Features:
     def moments(self) -> np.ndarray:
         """(N, 2 D), mean and standard deviation over views: what changes in time, seen through single frames."""
         return np.concatenate([self.feature.mean(1), self.feature.std(1)], 1)
+
+    def pooled(self, unit_views: bool) -> np.ndarray:
+        """(N, D), averaged over views; ``unit_views`` scales every view to length 1 before."""
+        return unit_rows(self.feature).mean(1) if unit_views else self.mean
 
 
 def stack_views(batch: ClipBatch, plan: EvalPlan) -> Tensor:

@@ -15,12 +15,12 @@ import numpy as np
 from clipmill.models.encoder import Encoder
 from clipmill.tools.evaluate.classification import classification
 from clipmill.tools.evaluate.evaluator import Progress, Report, silent
-from clipmill.tools.evaluate.features import Compute, Features
+from clipmill.tools.evaluate.features import Compute
 from clipmill.tools.evaluate.frozen import frozen_features
 from clipmill.tools.evaluate.neighbours import STRIP_FILE, neighbour_strip
 from clipmill.tools.evaluate.opening import Splits
 from clipmill.tools.evaluate.views import Views
-from clipmill.tools.metrics import hit_rates, retrieve, unit_rows
+from clipmill.tools.metrics import hit_rates, retrieve
 
 HIT_RATES = (1, 5, 10, 20, 50)
 
@@ -55,7 +55,7 @@ def evaluate(encoder: Encoder, root: Path, out: Path, config: Config, *, progres
     nearest training records has its class.
     """
     data = frozen_features(encoder, root, out, config, keep_views=config.unit_clips, progress=progress)
-    gallery, query = _pooled(data.seen, config), _pooled(data.unseen, config)
+    gallery, query = (part.pooled(config.unit_clips) for part in (data.seen, data.unseen))
     numbers, similarity = retrieve(query, gallery, max(config.k, *HIT_RATES), centre=config.centre)
     near_labels = data.seen.label[numbers]
     k = min(config.k, len(gallery))
@@ -83,7 +83,3 @@ def vote(labels_Nk: np.ndarray, similarity_Nk: np.ndarray, num_classes: int, tem
     votes = np.zeros((len(labels_Nk), num_classes))
     np.add.at(votes, (np.arange(len(labels_Nk))[:, None], labels_Nk), weights)
     return votes / votes.sum(1, keepdims=True)
-
-
-def _pooled(features: Features, config: Config) -> np.ndarray:
-    return unit_rows(features.feature).mean(1) if config.unit_clips else features.mean

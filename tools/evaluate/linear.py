@@ -23,7 +23,7 @@ from clipmill.tools.evaluate.features import Compute, Features
 from clipmill.tools.evaluate.frozen import frozen_features
 from clipmill.tools.evaluate.opening import Splits, smallest_hashes
 from clipmill.tools.evaluate.views import Views
-from clipmill.tools.metrics import Average, average_views, topk_accuracy, unit_rows
+from clipmill.tools.metrics import Average, average_views, standardiser, topk_accuracy, unit_rows
 
 Pooling = Literal["features", "moments", "prob", "score"]
 
@@ -157,8 +157,7 @@ def fit(features: Features, num_classes: int, config: Config, lr: float, weight_
     labels = np.repeat(features.label, views.shape[1])
     shift, scale = np.zeros(rows.shape[1], np.float32), np.ones(rows.shape[1], np.float32)
     if config.scaling == "standard":
-        shift, deviation = rows.mean(0), rows.std(0)
-        scale = np.where(deviation > 1e-6 * (np.abs(shift) + 1e-6), deviation, 1).astype(np.float32)
+        shift, scale = standardiser(rows)
     unit = config.scaling == "unit"
     device = config.compute.torch_device
     x_ND = torch.from_numpy(unit_rows(rows) if unit else (rows - shift) / scale).to(device)

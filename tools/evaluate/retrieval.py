@@ -15,12 +15,12 @@ import numpy as np
 
 from clipmill.models.encoder import Encoder
 from clipmill.tools.evaluate.evaluator import Progress, Report, silent, write_csv
-from clipmill.tools.evaluate.features import Compute, Features
+from clipmill.tools.evaluate.features import Compute
 from clipmill.tools.evaluate.frozen import Frozen, frozen_features
 from clipmill.tools.evaluate.neighbours import STRIP_FILE, neighbour_strip
 from clipmill.tools.evaluate.opening import Splits
 from clipmill.tools.evaluate.views import Views
-from clipmill.tools.metrics import hit_rates, retrieve, unit_rows
+from clipmill.tools.metrics import hit_rates, retrieve
 
 NEIGHBOURS_FILE = "neighbours.csv"
 _LISTED = 5  # neighbours of a record in the table
@@ -52,7 +52,7 @@ class Config:
 def evaluate(encoder: Encoder, root: Path, out: Path, config: Config, *, progress: Progress = silent) -> Report:
     """Rank the training split for every test record. See `Evaluator`. Rows: R@1 and the largest R@k by class."""
     data = frozen_features(encoder, root, out, config, keep_views=config.unit_clips, progress=progress)
-    gallery, query = _pooled(data.seen, config), _pooled(data.unseen, config)
+    gallery, query = (part.pooled(config.unit_clips) for part in (data.seen, data.unseen))
     ks = [k for k in config.ks if k <= len(gallery)]
     if not ks:
         raise ValueError(f"{root}: {len(gallery)} training records are fewer than ks {config.ks}; use smaller --ks")
@@ -73,10 +73,6 @@ def evaluate(encoder: Encoder, root: Path, out: Path, config: Config, *, progres
         digests=data.digests,
         published=_PUBLISHED,
     )
-
-
-def _pooled(features: Features, config: Config) -> np.ndarray:
-    return unit_rows(features.feature).mean(1) if config.unit_clips else features.mean
 
 
 def _by_class(data: Frozen, near_label: np.ndarray, ks: list[int]) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from clipmill.tools.evaluate.frozen import frozen_features
 from clipmill.tools.evaluate.linear import held_out
 from clipmill.tools.evaluate.opening import Splits
 from clipmill.tools.evaluate.views import Views
-from clipmill.tools.metrics import topk_accuracy, unit_rows
+from clipmill.tools.metrics import standardiser, topk_accuracy, unit_rows
 
 _NEWTON_STEPS, _CG_STEPS, _HALVINGS = 200, 500, 40
 
@@ -114,8 +114,7 @@ def _scaled(seen: np.ndarray, unseen: np.ndarray, config: Config) -> tuple[np.nd
     if config.scaling == "unit":
         return unit_rows(seen), unit_rows(unseen)
     if config.scaling == "standard":
-        shift, deviation = seen.mean(0), seen.std(0)
-        scale = np.where(deviation > 1e-6 * (np.abs(shift) + 1e-6), deviation, 1)
+        shift, scale = standardiser(seen)
         return (seen - shift) / scale, (unseen - shift) / scale
     return seen, unseen
 
