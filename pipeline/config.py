@@ -65,6 +65,8 @@ class TrainConfig:
     """Of weights, order, clips and augmentation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is a device."""
+    channels_last: Literal["auto", "yes", "no"] = "auto"
+    """Keep the weights of convolutions with channels last in memory; auto = on a CPU, and with --amp."""
     compile: bool = False
     """Compile the method with torch.compile."""
     log_every: int = 10

@@ -77,6 +77,10 @@ def train(
     """
     device = dist.setup(config.device)
     method.to(device)
+    if config.channels_last == "yes" or (
+        config.channels_last == "auto" and (device.type == "cpu" or config.amp != "no")
+    ):
+        _channels_last(method)
     if config.sync_bn:
         dist.sync_batch_norm(method, device)
     optimizer = build_optimizer(method.param_groups(), config)
@@ -216,6 +220,14 @@ def _share_of_cores(loader: LoaderConfig) -> LoaderConfig:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if dist.world() > 1 else 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return loader.resolved(max(1, cores // local))
+
+
+def _channels_last(method: nn.Module) -> None:
+    """Lay out the weights of convolutions with channels last; what they compute follows them."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for param in method.parameters():
+        if param.dim() in formats:
+            param.data = param.data.contiguous(memory_format=formats[param.dim()])
 
 
 def _parallel(method: Method, device: torch.device) -> nn.Module:

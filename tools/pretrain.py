@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from clipmill.pipeline.config import TrainConfig, from_json, to_json
+from clipmill.tools.simulate import WhatIf
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,7 +32,7 @@ RUN_FILE = "run.json"
 DEFAULT_RECIPE = "tiny"
 SAMPLES = 8  # clips in the pictures
 _FREE = frozenset(
-    {"device", "compile", "log_every", "checkpoint_every", "keep", "tensorboard"}
+    {"device", "channels_last", "compile", "log_every", "checkpoint_every", "keep", "tensorboard"}
 )  # training options that a resumed run may change
 _USAGE = """usage: clipmill pretrain METHOD [RECIPE] --data FOLDER --out RUN [OPTIONS]
        clipmill pretrain --config RUN/run.json --data FOLDER --out RUN [OPTIONS]
@@ -57,7 +58,9 @@ class Options:
     resume: bool = False
     """Continue from the newest checkpoint in --out, or begin if there is none."""
     plan: bool = False
-    """Print steps, bytes and memory, and do not train."""
+    """Print steps, bytes, memory and the rate to expect (after a few steps to measure it), and do not train."""
+    what_if: WhatIf = field(default_factory=WhatIf)
+    """Hardware that --plan forecasts the rate of a process for."""
     probe: str = ""
     """davis:N or otb:N: log the encoder's score on the first N sequences of --probe-data, at the published settings."""
     probe_data: Path | None = None
@@ -276,7 +279,7 @@ def main(args: Args) -> int:
         from clipmill.tools.pretrain_plan import plan_lines
 
         print(f"{args.method}, recipe {args.recipe or '-'}")
-        print("\n".join(plan_lines(method, index, args.train)))
+        print("\n".join(plan_lines(method, index, args.train, args.loader, args.options.what_if)))
         return 0
     probe = _probe(args.options, method)
     try:

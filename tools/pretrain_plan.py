@@ -11,8 +11,11 @@ import numpy as np
 from clipmill.pipeline.config import TrainConfig
 from clipmill.pipeline.draws import Draws
 from clipmill.pipeline.record import ShardIndex, VideoRecord
+from clipmill.pipeline.ring import LoaderConfig
 from clipmill.pipeline.spec import AudioSpec, VideoSpec
 from clipmill.pipeline.views import Drawn, Planner, View
+from clipmill.tools.pretrain_forecast import forecast_rows
+from clipmill.tools.simulate import WhatIf
 
 if TYPE_CHECKING:
     from clipmill.models.method import Method
@@ -30,8 +33,10 @@ class Cost:
     used: float
 
 
-def plan_lines(method: Method, index: ShardIndex, train: TrainConfig) -> list[str]:
-    """The plan as text; raises ValueError where the run itself would."""
+def plan_lines(
+    method: Method, index: ShardIndex, train: TrainConfig, loader: LoaderConfig, what_if: WhatIf
+) -> list[str]:
+    """The plan as text; raises ValueError where the run itself would. ``method`` takes a few steps on the way."""
     planner = method.plan()
     usable = planner.usable(index)
     records = int(usable.sum())
@@ -46,7 +51,8 @@ def plan_lines(method: Method, index: ShardIndex, train: TrainConfig) -> list[st
             f"{index.root}: {records * train.repeat} samples an epoch do not fill one batch of {train.batch_size}; "
             "use a smaller batch_size"
         )
-    cost = sample_cost(index.select(usable), planner, train.seed)
+    wanted = index.select(usable)
+    cost = sample_cost(wanted, planner, train.seed)
     part = train.batch_size // (world * train.accumulate)
     params = list(method.parameters())
     trainable = sum(param.numel() * param.element_size() for param in params if param.requires_grad)
@@ -67,7 +73,10 @@ def plan_lines(method: Method, index: ShardIndex, train: TrainConfig) -> list[st
         ("memory", f"{_size(trainable * copies + others)} weights, gradients and {train.optimiser} state"),
         ("", f"{_size(inputs)} input per part; activations come on top"),
     ]
-    return [f"{name:<12} {text}" for name, text in rows]
+    if world == 1:
+        needs = {"part": part, "read_bytes": cost.read, "input_bytes": inputs}
+        rows += forecast_rows(method, wanted, train, loader, what_if, **needs)
+    return [f"{name:<13} {text}" for name, text in rows]
 
 
 def sample_cost(index: ShardIndex, planner: Planner, seed: int) -> Cost:

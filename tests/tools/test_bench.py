@@ -11,6 +11,7 @@ from clipmill.tools.bench import contest as contests
 from clipmill.tools.bench import goals, results
 from clipmill.tools.bench.contest import Entry, Truth, contest
 from clipmill.tools.bench.corpus import make_footage, unpacked
+from clipmill.tools.bench.million import order_of
 from clipmill.tools.bench.patterns import PATTERNS, requests
 
 
@@ -155,6 +156,7 @@ def test_the_command_measures_prints_and_writes(tmp_path: Path, capsys: pytest.C
     assert facts["soak"]["damaged"] == 0
     assert facts["augment"]["crop_flip_gb_s"] > 0
     assert facts["index"]["records"] == 600
+    assert facts["index"]["seen_once"]
     assert 0 < facts["index"]["open_s"] < facts["index"]["first_batch_s"]
 
 
@@ -167,6 +169,14 @@ def test_memory_stays_flat_over_fifty_thousand_clips(tmp_path: Path, capsys: pyt
     assert facts["clips"] == 50_000
     assert abs(facts["slope_mb_per_10000_clips"]) < 1
     assert facts["last_mb"] - facts["first_mb"] < 8
+
+
+@pytest.mark.parametrize(("records", "world", "batch"), [(10_007, 16, 3), (4096, 64, 8)])
+def test_an_epoch_on_many_ranks_is_complete_and_even(records: int, world: int, batch: int):
+    facts = order_of(records, world, batch)
+    assert facts["seen_once"]
+    assert facts["share_min"] == facts["share_max"] == records // (world * batch) * batch
+    assert facts["left_over"] == records % (world * batch)
 
 
 def test_wrong_use_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

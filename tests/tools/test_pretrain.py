@@ -226,7 +226,17 @@ def test_the_plan_counts_and_does_not_train(
     text = capsys.readouterr().out
     assert "1 per epoch x 2 epochs = 2" in text
     assert "8 x 32 x 32, stride 4" in text
+    assert re.search(r"step +\d+ ms for 4 samples \(measured on \d+ CPU threads\)", text)
+    assert re.search(r"forecast +\d+\.\d clips/s per process with 1 decode threads on \d+ cores", text)
     assert not (tmp_path / "run").exists()
+    given = ["--what-if.step-ms", "100", "--what-if.cores", "64", "--what-if.read-mb-s", "1"]
+    assert cli.main(command(dataset, tmp_path / "run", "--plan", *given, method="moco")) == 0
+    text = capsys.readouterr().out
+    assert "100 ms for 4 samples (given)" in text
+    assert "to keep busy  40.0 clips/s" in text
+    assert "1 decode threads on 64 cores" in text
+    assert cli.main(command(dataset, tmp_path / "run", "--plan", "--size", "1024", method="moco")) == 0
+    assert "is not tried on this CPU; give --what-if.step-ms" in capsys.readouterr().out
     assert cli.main(command(dataset, tmp_path / "run", "--plan", "--batch-size", "5")) == 2
     assert "do not fill one batch of 5" in capsys.readouterr().err
 

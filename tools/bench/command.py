@@ -49,6 +49,8 @@ class Args:
     """Clips of the soak."""
     records: int = 1_000_000
     """Records of the index track."""
+    record_frames: int = 300
+    """Frames of each of them."""
     steps: int = 4
     """Steps of the step track."""
     device: str = "auto"
@@ -76,8 +78,10 @@ def main(args: Args) -> int:
     from clipmill.tools.bench.tracks import Setting
     from clipmill.tools.progress import Progress
 
-    if min(args.rounds, args.seconds, args.videos, args.clips, args.records, args.steps) <= 0:
-        raise ValueError("--rounds, --seconds, --videos, --clips, --records and --steps must be more than 0")
+    if min(args.rounds, args.seconds, args.videos, args.clips, args.records, args.record_frames, args.steps) <= 0:
+        raise ValueError(
+            "--rounds, --seconds, --videos, --clips, --records, --record-frames and --steps must be more than 0"
+        )
     for name in args.peer:
         if name not in PEERS:
             raise ValueError(f"no peer {name!r}; choose from {', '.join(PEERS)}")
@@ -150,7 +154,7 @@ def _tables(args: Args, setting: Setting) -> Iterator[Table]:
         elif track == "soak":
             yield parts.soak(setting, tracks.flat(setting), args.clips)
         else:
-            facts = million.measure(data.index, setting.folder / "records", args.records, frames=300)
+            facts = million.measure(data.index, setting.folder / "records", args.records, frames=args.record_frames)
             yield tracks.Table("index", data.name, "", [], facts)
 
 

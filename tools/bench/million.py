@@ -1,4 +1,7 @@
-"""The index track: an index of many records, written bit by bit, opened and used by a process that only loads."""
+"""The index track: an index of many records, written bit by bit, opened and used by a process that only loads.
+
+And the order of its epochs on many ranks: every record once, equal shares, and any position at once.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,45 @@ def measure(index: ShardIndex, folder: Path, count: int, frames: int) -> dict[st
     command = [sys.executable, "-m", "clipmill.tools.bench.million", str(folder)]
     trials = [json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(5)]
     (folder / INDEX_FILE).unlink()
-    return facts | {name: sorted(trial[name] for trial in trials)[2] for name in trials[0]}
+    facts |= {name: sorted(trial[name] for trial in trials)[2] for name in trials[0]}
+    return facts | order_of(count)
+
+
+def order_of(records: int, world: int = 1024, batch: int = 8) -> dict[str, Any]:
+    """An epoch of ``records`` on ``world`` ranks: who sees what, and what it costs.
+
+    A rank's shares are those of the loader: of every global batch of world x batch positions its own block.
+    """
+    import numpy as np
+
+    from clipmill.pipeline.order import Order
+
+    order = Order(num_records=records, seed=1)
+    whole = records // (world * batch) * (world * batch)
+    seen, ranks_s = np.zeros(records, np.uint8), []
+    shares = np.zeros(world, np.int64)
+    for rank in range(world):
+        start_s = time.perf_counter()
+        firsts = np.arange(rank * batch, whole, world * batch)
+        mine = order.records(3, (firsts[:, None] + np.arange(batch)).reshape(-1))
+        ranks_s.append(time.perf_counter() - start_s)
+        np.add.at(seen, mine, 1)
+        shares[rank] = len(mine)
+    rest = order.records(3, np.arange(whole, records))
+    np.add.at(seen, rest, 1)
+    start_s = time.perf_counter()
+    positions = np.random.default_rng(0).integers(0, max(whole - batch, 1), 256)
+    for position in positions.tolist():
+        order.records(3, np.arange(position, min(position + batch, records)))
+    return {
+        "ranks": world,
+        "seen_once": bool((seen == 1).all()),  # disjoint and complete
+        "share_min": int(shares.min()),
+        "share_max": int(shares.max()),
+        "left_over": len(rest),
+        "rank_epoch_s": sorted(ranks_s)[world // 2],
+        "resume_s": (time.perf_counter() - start_s) / len(positions),
+    }
 
 
 def use(folder: Path) -> dict[str, float]:
