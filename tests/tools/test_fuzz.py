@@ -82,7 +82,6 @@ def test_a_wrong_frame_of_a_shard_is_found(seeds, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("media", "shards"), [(240, 60), pytest.param(20_000, 5_000, marks=pytest.mark.slow, id="all")]
 )
-@pytest.mark.slow
 def test_nothing_is_found(media, shards):
     for what, count in (("media", media), ("shards", shards)):
         report = fuzz(what, count, seed=7, workers=2)

@@ -9,7 +9,6 @@ frame read from a shard is right if it is the one that was packed. Everything el
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import sys
 import tempfile
@@ -38,10 +37,11 @@ from clipmill.pipeline.pack.outcome import REASONS, Picture, Result
 from clipmill.pipeline.pack.probe import choose_video
 from clipmill.pipeline.pack.run import pack
 from clipmill.pipeline.pack.settings import PROFILES, PackSettings
-from clipmill.pipeline.pack.task import Task, pack_source, remove_payload
+from clipmill.pipeline.pack.task import Task, pack_source, remove_payloads
 from clipmill.pipeline.pack.verify import psnr_db
 from clipmill.pipeline.record import ShardIndex, VideoRecord
 from clipmill.pipeline.shard import ShardReader
+from clipmill.tools.bench.memory import status_mb
 from clipmill.tools.bench.mutate import FRAMES, HEIGHT, STEP, WIDTH, frame_planes, mutate, write_seeds
 
 _SAME_DB = 33.0  # neighbouring frames of the seeds have 30 dB
@@ -150,10 +150,6 @@ def _clean(task: Mutant) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
-
-
 @lru_cache(maxsize=4)
 def _files(folder: str) -> tuple[tuple[str, bytes], ...]:
     return tuple((path.name, path.read_bytes()) for path in sorted(Path(folder).iterdir()))
@@ -180,11 +176,11 @@ def judge_media(task: Mutant) -> Verdict:
         if result.picture is not None and not finding:
             compared, altered, finding = _compare_media(result, path, prefix=way == "truncate" and name != "raw.h264")
         path.unlink()
-        remove_payload(one)
+        remove_payloads(one)
     except (av.FFmpegError, OSError, ValueError) as error:
         finding = f"what was packed cannot be read: {error!r}"
     outcome = result.status if result.status != "rejected" else result.reason
-    return Verdict(outcome, f"{way} of {name}, {profile}", compared, altered, finding, _peak_mb())
+    return Verdict(outcome, f"{way} of {name}, {profile}", compared, altered, finding, status_mb("VmHWM"))
 
 
 def _untyped(result: Result) -> str:
@@ -314,7 +310,7 @@ def judge_shard(task: Mutant) -> Verdict:
     if not finding and spoilt != files[victim] and not audit(copy, _here):
         finding = "`verify` finds nothing"
     shutil.rmtree(copy)
-    return Verdict(outcome, f"{way} of {victim}, {profile}", compared, 0, finding, _peak_mb())
+    return Verdict(outcome, f"{way} of {victim}, {profile}", compared, 0, finding, status_mb("VmHWM"))
 
 
 class _WrongError(Exception):

@@ -6,7 +6,6 @@ And the order of its epochs on many ranks: every record once, equal shares, and 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from clipmill.pipeline.record import INDEX_FILE, ShardIndex, VideoRecord, uid_of, write_index
+from clipmill.tools.bench.memory import status_mb
 
 
 class Repeated(Sequence[VideoRecord]):
@@ -119,7 +119,7 @@ def use(folder: Path) -> dict[str, float]:
     from clipmill.pipeline.slot import Job, Shape, Slot
     from clipmill.pipeline.views import Clips, View
 
-    base_mb = _status_mb("VmRSS")
+    base_mb = status_mb("VmRSS")
     start_s = time.perf_counter()
     index = ShardIndex.open(folder)
     open_s = time.perf_counter() - start_s
@@ -141,16 +141,9 @@ def use(folder: Path) -> dict[str, float]:
         "first_batch_s": open_s + first_s,
         "later_batch_s": later_s,
         "libraries_mb": base_mb,
-        "resident_mb": _status_mb("VmRSS"),
-        "own_mb": _status_mb("RssAnon"),
+        "resident_mb": status_mb("VmRSS"),
+        "own_mb": status_mb("RssAnon"),
     }
-
-
-def _status_mb(name: str) -> float:
-    """A line of this process's status in MB; 0 where the system has none."""
-    path = Path(f"/proc/{os.getpid()}/status")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(name + ":")), 0.0)
 
 
 if __name__ == "__main__":
