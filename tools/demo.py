@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,16 +29,20 @@ class Args:
     """Methods to pretrain with, each with its recipe `tiny`."""
     supervised: bool = False
     """Train the same backbones with labels too: the ceiling."""
+    seeds: int = 1
+    """Runs of each method, with seeds 0, 1, ...; more than one give a mean and a standard deviation."""
     short: bool = False
     """A smaller corpus and very few steps: shows that everything works, not that anything is learnt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
+    """Runs of one kind: top1 and seconds (of training) have one number for each seed."""
+
     encoder: str
     corpus: str
-    top1: float
-    seconds: float
+    top1: tuple[float, ...]
+    seconds: tuple[float, ...] = ()
 
 
 def main(args: Args) -> int:
@@ -45,22 +50,26 @@ def main(args: Args) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads share the cores with the decoders
     if not args.methods:
         raise ValueError("--methods is empty; name at least one, `clipmill methods` lists them")
+    if args.seeds < 1:
+        raise ValueError(f"--seeds = {args.seeds} must be at least 1")
     kinds = {method: _kind(method) for method in args.methods}
     for kind in dict.fromkeys(kinds.values()):
         corpus, shards = args.out / f"corpus_{kind}", args.out / kind
         _run("synth", corpus, "--kind", "images" if kind == "images" else "ucf101", *_amount(kind, args.short))
         _run("pack", corpus, shards)
         _run("inspect", shards, "--out", args.out / f"inspect_{kind}")
-    rows: list[_Row] = []
-    for method, kind in kinds.items():
-        rows += _method(method, kind, args)
+    rows = [row for method, kind in kinds.items() for row in _method(method, kind, args)]
     page = args.out / "report.html"
-    _run("report", *(args.out / method for method in kinds), "--out", page)
+    _run("report", *(_folder(args.out, method, seed) for method in kinds for seed in range(args.seeds)), "--out", page)
     _show(rows, args.out)
     for kind in dict.fromkeys(kinds.values()):
         print(f"corpus: {args.out / f'inspect_{kind}' / 'index.html'}")
     print(f"report: {page}")
     return 0
+
+
+def _folder(out: Path, method: str, seed: int) -> Path:
+    return out / (f"{method}-{seed}" if seed else method)
 
 
 def _kind(method: str) -> str:
@@ -75,27 +84,39 @@ def _kind(method: str) -> str:
 def _amount(kind: str, short: bool) -> list[str]:
     if kind == "images":
         return ["--images", "100" if short else "600"]
-    return ["--clips", "48", "--seconds", "1.5", "--size", "64"] if short else ["--clips", "320"]
+    few = ["--clips", "48", "--seconds", "1.5", "--size", "64"] if short else ["--clips", "320"]
+    return [*few, "--looks", "2"]  # so that textures do not tell clips apart, and motion has to
 
 
 def _method(method: str, kind: str, args: Args) -> list[_Row]:
     """Pretrain with one method and score its encoder before and after."""
-    run, shards = args.out / method, args.out / kind
-    few = ["--epochs", "2", "--warmup-epochs", "0", "--batch-size", "16"] if args.short else []
-    spent_s = _run("pretrain", method, "tiny", "--data", shards, "--out", run, *few, "--resume")
+    shards = args.out / kind
     look = ["--test", "val"] if kind == "images" else ["--clips", "4"]
-    untrained, scores = f"random:{run}", run / "evaluate"
-    _run("evaluate", "linear", untrained, shards, *look, "--out", scores / "linear_random")
-    _run("evaluate", "linear", run, shards, *look)
+    before, after, ceiling, spent, labelled = [], [], [], [], []
+    for seed in range(args.seeds):
+        run = _folder(args.out, method, seed)
+        few = ["--epochs", "2", "--warmup-epochs", "0", "--batch-size", "16"] if args.short else []
+        if seed:
+            few += ["--seed", str(seed)]
+        spent.append(_run("pretrain", method, "tiny", "--data", shards, "--out", run, *few, "--resume"))
+        untrained, scores = f"random:{run}", run / "evaluate"
+        _run("evaluate", "linear", untrained, shards, *look, "--out", scores / "linear_random")
+        _run("evaluate", "linear", run, shards, *look)
+        before.append(_top1(scores / "linear_random"))
+        after.append(_top1(scores / "linear"))
+        if args.supervised:
+            out = scores / "supervised"
+            few = ["--epochs", "1" if args.short else "40", "--optimiser", "adamw", "--lr", "0.002"]
+            few += ["--seed", str(seed)] if seed else []
+            labelled.append(_run("evaluate", "finetune", untrained, shards, *look, *few, "--out", out))
+            ceiling.append(_top1(out))
     rows = [
-        _Row(encoder=f"random ({method}'s)", corpus=kind, top1=_top1(scores / "linear_random"), seconds=0.0),
-        _Row(encoder=method, corpus=kind, top1=_top1(scores / "linear"), seconds=spent_s),
+        _Row(encoder=f"random ({method}'s)", corpus=kind, top1=tuple(before)),
+        _Row(encoder=method, corpus=kind, top1=tuple(after), seconds=tuple(spent)),
     ]
     if args.supervised:
-        out = scores / "supervised"
-        few = ["--epochs", "1" if args.short else "40", "--optimiser", "adamw", "--lr", "0.002"]
-        spent_s = _run("evaluate", "finetune", untrained, shards, *look, *few, "--out", out)
-        rows.append(_Row(encoder=f"labels ({method}'s backbone)", corpus=kind, top1=_top1(out), seconds=spent_s))
+        name = f"labels ({method}'s backbone)"
+        rows.append(_Row(encoder=name, corpus=kind, top1=tuple(ceiling), seconds=tuple(labelled)))
     return rows
 
 
@@ -127,7 +148,8 @@ def _show(rows: Sequence[_Row], out: Path) -> None:
         table.add_column(name, justify="right")
     for row in rows:
         classes = json.loads((out / row.corpus / "dataset.json").read_text("utf-8"))["classes"]
-        spent = f"{row.seconds:.0f} s" if row.seconds else "-"
-        table.add_row(row.encoder, row.corpus, f"{row.top1:.3f}", f"{1 / len(classes):.3f}", spent)
+        spent = f"{fmean(row.seconds):.0f} s" if row.seconds else "-"
+        spread = f" ± {stdev(row.top1):.3f}" if len(row.top1) > 1 else ""
+        table.add_row(row.encoder, row.corpus, f"{fmean(row.top1):.3f}{spread}", f"{1 / len(classes):.3f}", spent)
     print()
     Console().print(table)

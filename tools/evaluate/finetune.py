@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipmill.models.encoder import Encoder
+from clipmill.models.encoder import Encoder, backbone_options, build_encoder
 from clipmill.models.method import weights_and_rest
 from clipmill.pipeline.config import TrainConfig
 from clipmill.pipeline.loader import Loader
 from clipmill.pipeline.optim import build_optimizer, set_lr
 from clipmill.pipeline.record import ShardIndex
-from clipmill.pipeline.spec import Flip, Op, RandomResizedCrop, VideoSpec
-from clipmill.pipeline.views import Clips, Planner, Sound, View
+from clipmill.pipeline.spec import Cutout, Flip, Gray, Jitter, Op, RandomResizedCrop, VideoSpec
+from clipmill.pipeline.views import Clips, Planner, Segments, Sound, View
 from clipmill.tools.evaluate.classification import classification
 from clipmill.tools.evaluate.evaluator import Progress, Report, silent, write_csv
 from clipmill.tools.evaluate.features import Compute, extract, require_usable
@@ -83,6 +83,20 @@ class Config:
     """Least share of the frame that a random crop takes."""
     flip: float = 0.5
     """Probability of mirroring a training clip; use 0 where left and right make a class."""
+    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Strength of random brightness, contrast, saturation and hue in training."""
+    grey: float = 0.0
+    """Probability of a training clip without colours."""
+    cutout: int = 0
+    """Largest side in pixels of a blank square in training clips."""
+    train_size: int | None = None
+    """Side of training clips in pixels; default: as in the test."""
+    segments: int = 0
+    """Train on so many frames, a random one of each equal part of the video (TSN), instead of a clip."""
+    shift: int = 0
+    """8 makes a ResNet over frames a TSM: in every block 1/8 of the channels look a frame ahead and 1/8 one back."""
+    batch_norm: Literal["train", "partial", "frozen"] = "train"
+    """Running statistics: those of each batch (train), fixed but for the first layer (partial, as in TSN), or fixed."""
     frozen: Literal["no", "eval", "train"] = "no"
     """Train the classifier alone, the encoder with its running batch statistics (eval), or with those of each batch
     and running ones that drift, as the released code of HCL does (train)."""
@@ -100,12 +114,15 @@ class Config:
 
     def __post_init__(self) -> None:
         _ = self.training  # says what is out of range
-        shares = {"min_area": self.min_area, "flip": self.flip, "dropout": self.dropout}
+        shares = {"min_area": self.min_area, "flip": self.flip, "dropout": self.dropout, "grey": self.grey}
         for name, value in (shares | {"label_smoothing": self.label_smoothing}).items():
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} = {value} is not possible; it must be a share, 0 to 1")
         if self.encoder_lr_scale < 0:
             raise ValueError(f"encoder_lr_scale = {self.encoder_lr_scale} is not possible; it must be at least 0")
+        for name in ("segments", "shift", "cutout"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} = {getattr(self, name)} is not possible; it must be at least 0")
 
     @property
     def training(self) -> TrainConfig:
@@ -162,6 +179,7 @@ def evaluate(encoder: Encoder, root: Path, out: Path, config: Config, *, progres
     source = digests(encoder, root, train, test)
     classes = class_names(train, test)
     start = untrained(encoder, config.seed) if config.scratch else copy.deepcopy(encoder)
+    start = shifted(start, config.shift) if config.shift else start
     audio_view = stored_audio_view(encoder)
     frozen = config.frozen != "no"
     model = Classifier(start, len(classes), config.dropout, config.seed, frozen=frozen, zero=config.zero_head)
@@ -188,10 +206,40 @@ def train_planner(encoder: Encoder, config: Config, audio_view: View | None = No
         window = plain_audio_view(spec, audio_view, config.views.duration_s)
         return Sound(views=(View(name="clip", modality="audio", duration_s=window.duration_s, augment=window.augment),))
     ops: tuple[Op, ...] = (Flip(p=config.flip), normalize(spec)) if config.flip else (normalize(spec),)
+    if any(config.jitter):
+        brightness, contrast, saturation, hue = config.jitter
+        ops = (Jitter(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue, p=1.0), *ops)
+    if config.grey:
+        ops = (Gray(p=config.grey), *ops)
+    if config.cutout:
+        ops = (*ops, Cutout(max_side=config.cutout))
     crop = RandomResizedCrop(scale=(config.min_area, 1.0))
-    augment = VideoSpec(size=config.views.size or spec.size, crop=crop, ops=ops, **resampling(config.views))
+    size = config.train_size or config.views.size or spec.size
+    augment = VideoSpec(size=size, crop=crop, ops=ops, **resampling(config.views))
+    if config.segments:
+        return Segments(views=(View(name="clip", num_frames=config.segments, augment=augment),))
     view = View(name="clip", **clip_shape(spec, config.views), augment=augment)
     return Clips(views=(view,), short=config.views.short)
+
+
+def shifted(encoder: Encoder, share: int) -> Encoder:
+    """The same weights in a network that looks ahead and back (TSM); ValueError if the backbone cannot."""
+    recipe = encoder.recipe
+    if recipe is None or "shift" not in backbone_options(recipe["name"]):
+        raise ValueError(
+            f"shift = {share} needs a ResNet over frames, such as resnet50; this is {type(encoder).__name__}"
+        )
+    fresh = build_encoder(recipe["name"], **{**recipe["options"], "shift": share})
+    fresh.load_state_dict(encoder.state_dict())
+    fresh.spec = encoder.spec
+    return fresh
+
+
+def fix_statistics(encoder: nn.Module, mode: Literal["train", "partial", "frozen"]) -> None:
+    """Put normalisation layers into eval mode: all of them (frozen), or all but the first (partial)."""
+    norms = [part for part in encoder.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms[{"train": len(norms), "partial": 1, "frozen": 0}[mode] :]:
+        norm.eval()
 
 
 def fit(
@@ -206,6 +254,7 @@ def fit(
     require_usable(train, planner)
     device = config.compute.torch_device
     model.to(device).train()
+    fix_statistics(model.encoder, config.batch_norm)
     if config.frozen == "eval":
         model.encoder.eval()
     options = config.training

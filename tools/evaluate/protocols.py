@@ -1,8 +1,10 @@
-"""Published protocols of linear classification and of learning from few labels on pictures, as options of `finetune`.
+"""Published protocols of fine-tuning on actions, of linear classification and of few labels, as options of `finetune`.
 
 Sources: SimCLR, Chen et al., ICML 2020, and google-research/simclr; MoCo, He et al., CVPR 2020, and
 facebookresearch/moco (DenseCL's and MoCHi's linear probes follow it); HCL, Robinson et al., ICLR 2021, and
-joshr17/HCL.
+joshr17/HCL. SeLaVi, Asano et al., NeurIPS 2020, and facebookresearch/selavi; CrissCross, Sarkar and Etemad, AAAI 2023,
+and pritamqu/CrissCross; VideoMoCo, Pan et al., CVPR 2021, and tinapan-pt/VideoMoCo; VCLR, Kuang et al., ICCV workshops
+2021, and amazon-research/video-contrastive-learning with mmaction.
 """
 
 from __future__ import annotations
@@ -13,7 +15,51 @@ from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 
-Protocol = Literal["own", "simclr_linear", "simclr_1pct", "simclr_10pct", "moco_linear", "hcl_linear"]
+Protocol = Literal[
+    "own",
+    "selavi",
+    "crisscross_8f",
+    "crisscross_32f",
+    "videomoco",
+    "vclr_tsn",
+    "vclr_tsn_activitynet",
+    "vclr_tsn_ssv2",
+    "vclr_tsm_ssv2",
+    "simclr_linear",
+    "simclr_1pct",
+    "simclr_10pct",
+    "moco_linear",
+    "hcl_linear",
+]
+
+_ACTIONS = {"optimiser": "sgd", "warmup_epochs": 0.0, "schedule": "step"}
+# CrissCross pools by maximum and draws its classifier orthogonal; both are left as everywhere else.
+_CRISSCROSS = {
+    **_ACTIONS,
+    "epochs": 20,
+    "weight_decay": 0.0,
+    "gamma": 0.3,
+    "clips_per_epoch": 10,
+    "min_area": 0.08,
+    "jitter": (0.4, 0.4, 0.4, 0.2),
+    "grey": 0.2,
+    "cutout": 20,
+}
+_VCLR = {
+    **_ACTIONS,
+    "train_batch": 256,  # 32 videos on each of 8 devices
+    "lr": 0.01,
+    "weight_decay": 5e-4,
+    "clip_grad_norm": 40.0,
+    "epochs": 300,
+    "milestones": (120, 240),
+    "segments": 3,
+    "dropout": 0.4,
+    "train_size": 224,
+    "views": {"clips": 25, "spacing": "middle", "frames": 1, "size": 256, "resize": 256},
+}
+# Left and right make classes of Something-Something. Milestones are not published; they are mmaction's.
+_SSV2 = {**_VCLR, "epochs": 50, "milestones": (20, 40), "lr": 0.02, "weight_decay": 1e-4, "segments": 8, "flip": 0.0}
 
 _SIMCLR = {
     "train_batch": 4096,
@@ -31,6 +77,52 @@ _SIMCLR_FEW = {**_SIMCLR, "lr": 0.05, "weight_decay": 0.0}
 
 PROTOCOLS: Mapping[str, Mapping[str, Any]] = {
     "own": {},
+    "selavi": {
+        **_ACTIONS,
+        "epochs": 12,
+        "lr": 2.5e-3,
+        "encoder_lr_scale": 0.1,
+        "weight_decay": 5e-3,
+        "warmup_epochs": 2.0,
+        "milestones": (6, 10),
+        "gamma": 0.05,
+        "clips_per_epoch": 10,
+        "views": {"clips": 10, "crops": "three", "frames": 32, "stride": 1, "size": 128},
+    },
+    "crisscross_8f": {
+        **_CRISSCROSS,
+        "train_batch": 64,
+        "lr": 5e-4,
+        "milestones": (6, 10, 14),
+        "views": {"clips": 10, "frames": 8, "fps": 16.0, "size": 224},
+    },
+    "crisscross_32f": {
+        **_CRISSCROSS,
+        "train_batch": 32,
+        "lr": 1e-4,
+        "milestones": (8, 12, 16),
+        "views": {"clips": 10, "frames": 32, "fps": 16.0, "size": 224},
+    },
+    "videomoco": {
+        **_ACTIONS,
+        "epochs": 10,
+        "train_batch": 256,
+        "lr": 0.005,
+        "milestones": (6, 8),
+        "clips_per_epoch": 10,
+        "views": {"clips": 10, "frames": 32, "size": 112},
+    },
+    "vclr_tsn": _VCLR,
+    "vclr_tsn_activitynet": {**_VCLR, "segments": 8, "dropout": 0.8, "views": {**_VCLR["views"], "crops": "three"}},
+    "vclr_tsn_ssv2": {
+        **_SSV2,
+        "views": {"clips": 8, "spacing": "middle", "crops": "ten", "frames": 1, "size": 224, "resize": 256},
+    },
+    "vclr_tsm_ssv2": {
+        **_SSV2,
+        "shift": 8,
+        "views": {"clips": 1, "spacing": "segments", "frames": 8, "size": 224, "resize": 256},
+    },
     "simclr_linear": {**_SIMCLR, "frozen": "eval", "lr": 0.1, "weight_decay": 1e-6, "epochs": 90},
     "simclr_1pct": {**_SIMCLR_FEW, "epochs": 60, "splits": {"labels": 0.01}},
     "simclr_10pct": {**_SIMCLR_FEW, "epochs": 30, "splits": {"labels": 0.1}},

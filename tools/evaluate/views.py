@@ -17,7 +17,7 @@ from clipmill.models.encoder import InputSpec
 from clipmill.pipeline.draws import Draws
 from clipmill.pipeline.record import ShardIndex, VideoRecord
 from clipmill.pipeline.spec import AudioSpec, Boxes, CenterCrop, Crop, CutCenter, Flip, LogMel, Normalize, Op, VideoSpec
-from clipmill.pipeline.views import Drawn, Planner, Short, Span, Uniform, View, audio_span, clip_span, within
+from clipmill.pipeline.views import Drawn, Planner, Segments, Short, Span, Uniform, View, audio_span, clip_span, within
 
 Box = tuple[int, int, int, int]
 AUDIO_DURATION_S = 2.0  # where nothing else is known
@@ -221,9 +221,10 @@ class Views:
 
     clips: int = 4
     """Clips (or windows of sound) per record, evenly spread over its time."""
-    spacing: Literal["uniform", "middle", "rounded"] = "uniform"
+    spacing: Literal["uniform", "middle", "rounded", "segments"] = "uniform"
     """uniform: the first clip begins with the video, the last ends with it, starts rounded down; rounded: the same,
-    starts rounded to the nearest frame. middle: one in the middle of each part."""
+    starts rounded to the nearest frame. middle: one in the middle of each part. segments: one clip, whose frames are
+    the middle ones of equal parts of the video (TSM)."""
     crops: Literal["centre", "three", "ten"] = "centre"
     """Crops per clip: centre; both ends and the middle; four corners and centre with their mirror images."""
     frames: int | None = None
@@ -281,6 +282,10 @@ def eval_views(spec: InputSpec, options: Views, audio_view: View | None = None) 
         planner = Spread(views=views, clips=options.clips, short=options.short)
     elif options.spacing == "rounded":
         planner = Rounded(views=views, clips=options.clips, short=options.short)
+    elif options.spacing == "segments":
+        if options.clips != 1:
+            raise ValueError(f"spacing = segments makes one clip of each record, got clips = {options.clips}")
+        planner = Segments(views=views, middle=True)
     return EvalPlan(planner=planner, modality="video", clips=options.clips, crops=len(views))
 
 

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from clipmill.models.encoder import InputSpec, build_encoder
+from clipmill.pipeline.draws import Draws
 from clipmill.pipeline.optim import peak_lr
 from clipmill.pipeline.record import ShardIndex
-from clipmill.pipeline.spec import Flip, Normalize, RandomResizedCrop, VideoSpec
+from clipmill.pipeline.spec import Cutout, Flip, Gray, Jitter, Normalize, RandomResizedCrop, VideoSpec
 from clipmill.tools.evaluate.features import Compute
-from clipmill.tools.evaluate.finetune import Classifier, Config, evaluate, fit, train_planner
+from clipmill.tools.evaluate.finetune import Classifier, Config, evaluate, fit, shifted, train_planner
 from clipmill.tools.evaluate.opening import Splits, encoder_digest, open_encoder
-from clipmill.tools.evaluate.views import Views
+from clipmill.tools.evaluate.protocols import PROTOCOLS
+from clipmill.tools.evaluate.views import Views, eval_views
 
 
 @pytest.fixture
@@ -133,6 +135,71 @@ def test_training_views_are_light(colour: Any, config: Config) -> None:
     assert view.augment.ops == (Normalize(),)
 
 
+def test_training_views_can_be_strong(colour: Any, config: Config) -> None:
+    strong = replace(config, jitter=(0.4, 0.3, 0.2, 0.1), grey=0.2, cutout=7, train_size=16)
+    (view,) = train_planner(colour, strong).views
+    assert isinstance(view.augment, VideoSpec)
+    assert view.augment.size == 16
+    jitter = Jitter(brightness=0.4, contrast=0.3, saturation=0.2, hue=0.1, p=1.0)
+    assert view.augment.ops == (Gray(p=0.2), jitter, Flip(), Normalize(), Cutout(max_side=7))
+
+
+def test_frames_of_equal_parts(bright: ShardIndex, colour: Any, config: Config, tmp_path: Path) -> None:
+    """TSN trains on a random frame of each part, and a TSM is tested on the middle ones."""
+    planner = train_planner(colour, replace(config, segments=3))
+    record = bright[0]
+    bounds = [part * record.num_frames // 3 for part in range(4)]
+    frames = planner(record, Draws(1), 1).spans[0].frames
+    assert all(low <= frame < high for frame, low, high in zip(frames, bounds[:-1], bounds[1:], strict=True))
+    plan = eval_views(colour.spec, replace(config.views, clips=1, frames=3, spacing="segments"))
+    middle = [low + (high - low) // 2 for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+    assert list(plan.planner(record, Draws(1), 1).spans[0].frames) == middle
+    with pytest.raises(ValueError, match="spacing = segments makes one clip of each record, got clips = 2"):
+        eval_views(colour.spec, replace(config.views, spacing="segments"))
+    encoder = open_encoder("random:resnet18:width=0.125")
+    encoder.spec = InputSpec(num_frames=3, size=24)
+    views = Views(clips=1, frames=3, size=24, spacing="segments")
+    options = replace(config, epochs=16, segments=3, shift=8, views=views)
+    assert evaluate(encoder, bright.root, tmp_path, options).metrics["top1"] >= 0.75
+
+
+def test_a_tsm_has_the_weights_of_its_encoder_and_looks_around() -> None:
+    encoder = build_encoder("resnet18", width=0.125)
+    tsm = shifted(encoder, 8)
+    assert all(torch.equal(tensor, encoder.state_dict()[name]) for name, tensor in tsm.state_dict().items())
+    x = torch.rand(1, 3, 4, 32, 32)
+    assert not torch.allclose(tsm.eval()(x), encoder.eval()(x))
+    assert torch.allclose(encoder(x), encoder(x.flip(2)), atol=1e-5)
+    assert not torch.allclose(tsm(x), tsm(x.flip(2)), atol=1e-5)
+    with pytest.raises(ValueError, match="shift = 8 needs a ResNet over frames"):
+        shifted(build_encoder("r3d_18", width=0.125), 8)
+
+
+@pytest.mark.parametrize(("mode", "moving"), [("train", 20), ("partial", 1), ("frozen", 0)])
+def test_running_statistics_move_where_they_may(bright: ShardIndex, config: Config, mode: Any, moving: int) -> None:
+    encoder = build_encoder("resnet18", width=0.125)
+    encoder.spec = InputSpec(num_frames=2, size=24)
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items() if "running_mean" in name}
+    model, options = Classifier(encoder, 3), replace(config, epochs=1, batch_norm=mode)
+    fit(model, bright.split("train"), options, train_planner(encoder, options))
+    moved = [name for name, tensor in before.items() if not torch.equal(tensor, encoder.state_dict()[name])]
+    assert len(moved) == moving
+    assert mode != "partial" or moved == ["bn1.running_mean"]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_every_protocol_can_be_planned(protocol: Any) -> None:
+    config = Config(protocol=protocol).resolved()
+    spec = InputSpec(num_frames=16, size=112)
+    encoder = build_encoder("resnet18", width=0.125)
+    encoder.spec = spec
+    (view,) = train_planner(encoder, config).views
+    assert view.num_frames == (config.segments or config.views.frames or 16)
+    plan = eval_views(spec, config.views)
+    assert plan.clips == config.views.clips
+    assert plan.crops == {"centre": 1, "three": 3, "ten": 10}[config.views.crops]
+
+
 def test_sound(
     make_dataset: Callable[..., ShardIndex],
     relabel: Callable[..., ShardIndex],
@@ -174,6 +241,8 @@ def test_a_loss_that_explodes_is_an_error(bright: ShardIndex, colour: Any, confi
         ({"flip": 1.5}, r"flip = 1\.5 is not possible; it must be a share"),
         ({"encoder_lr_scale": -1.0}, "encoder_lr_scale"),
         ({"epochs": 1, "warmup_epochs": 2.0}, "warmup_epochs = 2.0"),
+        ({"segments": -1}, "segments = -1 is not possible"),
+        ({"grey": 2.0}, "grey = 2.0 is not possible"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
