@@ -74,6 +74,13 @@ class FrameCache:
         copy_stored(memory, record.height, record.width, targets, payload)
         return time.perf_counter() - start_s
 
+    def unread(self, record: VideoRecord, frames: np.ndarray) -> np.ndarray:
+        """Which frames `fill` will read for a clip of ``frames``: none that are here, all if it takes the record in."""
+        number = record.index
+        if self._starts[number] < 0 or self._state[number] in (_BUSY, _REFUSED):
+            return frames
+        return frames[:0] if self._state[number] == _READY else np.arange(record.num_frames)
+
     def _load(self, decoder: Decoder, record: VideoRecord, start: int) -> bool:
         """Decode a whole record into its place; False if that is not possible, or is being done by somebody else."""
         number = record.index

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -19,18 +20,22 @@ from clipmill.pipeline.decode.decoder import DecodeError, Decoder, new_decoder
 from clipmill.pipeline.decode.targets import fill
 from clipmill.pipeline.order import Order
 from clipmill.pipeline.record import ShardIndex, VideoRecord
-from clipmill.pipeline.shard import ShardError, ShardReader
+from clipmill.pipeline.remote import RemoteReader, extents, open_reader
+from clipmill.pipeline.shard import Reader, ShardError
 from clipmill.pipeline.slot import BatchPlan, BatchPlanner, Job, Shape, Slot
 from clipmill.pipeline.views import Planner
 
 _CHUNKS = 4  # per thread and batch
+_Arrival = AbstractContextManager[float]  # of a clip's bytes: see `RemoteReader.ahead`
+_LOCAL = nullcontext(0.0)
 
 
 @dataclass(slots=True)
 class Stages:
     """Seconds of thread time per stage, and what was moved. Sums over threads, so they can exceed wall time.
 
-    clips_cached: clips that were copied from the cache of decoded frames.
+    clips_cached: clips that were copied from the cache of decoded frames. requests, network_bytes: answers of object
+    storage, and bytes in them.
     """
 
     plan_s: float = 0.0
@@ -42,6 +47,8 @@ class Stages:
     payload_bytes: int = 0
     clips: int = 0
     clips_cached: int = 0
+    requests: int = 0
+    network_bytes: int = 0
 
     def add(self, other: Stages) -> None:
         """Add another set of counters to this one."""
@@ -60,7 +67,9 @@ class Filled:
 class Engine:
     """A pool of decode threads. `submit` returns at once; the future resolves when the slot is complete.
 
-    One more thread plans: the next batch is ready when the threads have finished this one.
+    One more thread plans: the next batch is ready when the threads have finished this one. Clips of remote shards are
+    fetched from then on. shard_cache_gb: see `open_reader`. allowed_damage: a batch with more damaged records is not
+    made again without them, but given back as it is.
     """
 
     def __init__(
@@ -73,6 +82,8 @@ class Engine:
         threads: int,
         decoder: str = "auto",
         cache: FrameCache | None = None,
+        shard_cache_gb: float = 0.0,
+        allowed_damage: int = 1 << 62,
     ) -> None:
         self._planner = BatchPlanner(index, planner)
         self._order = order
@@ -81,7 +92,9 @@ class Engine:
         self._threads = threads
         self._decoder_name = decoder
         self._cache = cache
-        self._reader = ShardReader()
+        self._allowed_damage = allowed_damage
+        self._reader = open_reader(index, shard_cache_gb)
+        self._remote = self._reader if isinstance(self._reader, RemoteReader) else None
         self._local = threading.local()
         self._planning = ThreadPoolExecutor(1, thread_name_prefix="clipmill-decode-plan")
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="clipmill-decode")
@@ -108,6 +121,8 @@ class Engine:
     def close(self) -> None:
         """Stop the threads; work that has not begun is dropped."""
         self._planning.shutdown(wait=True, cancel_futures=True)
+        if self._remote is not None:
+            self._remote.abandon()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._reader.close()
 
@@ -119,31 +134,54 @@ class Engine:
             self._write_tables(plan, slot)
             task.filled.stages.plan_s += time.perf_counter() - start_s
             task.filled.stages.payload_bytes = plan.payload_bytes
+            arrivals = self._ahead(plan)
             count = task.job.count
             chunk = count if task.alone else max(1, -(-count // (_CHUNKS * self._threads)))
             bounds = [(low, min(low + chunk, count)) for low in range(0, count, chunk)]
             task.left = len(bounds)
             for low, high in bounds:
-                self._pool.submit(self._rows, task, plan, slot, low, high)
+                self._pool.submit(self._rows, task, plan, slot, arrivals, low, high)
         except BaseException as error:
             task.fail(error)
 
-    def _rows(self, task: _Task, plan: BatchPlan, slot: Slot, low: int, high: int) -> None:
+    def _ahead(self, plan: BatchPlan) -> Sequence[_Arrival]:
+        """Begin to fetch the clips of a batch, where shards are not files."""
+        if self._remote is None:
+            return [_LOCAL] * len(plan.records)
+        arrivals = []
+        for record, drawn, targets in zip(plan.records, plan.drawn, plan.targets, strict=True):
+            frames = np.unique(targets[:, 0])
+            if self._cache is not None:
+                frames = self._cache.unread(record, frames)
+            spans = [drawn.spans[place] for place, view in enumerate(self._views) if view.modality == "audio"]
+            sounds = [(span.start_sample, span.num_samples) for span in spans]
+            arrivals.append(self._remote.ahead(record, extents(record, frames.tolist(), sounds)))
+        return arrivals
+
+    def _rows(
+        self, task: _Task, plan: BatchPlan, slot: Slot, arrivals: Sequence[_Arrival], low: int, high: int
+    ) -> None:
         stages, damaged = Stages(), {}
         try:
             worker = self._worker()
             for row in range(low, high):
                 slot.flight[row] = 1
                 try:
-                    worker.fill(plan, slot, row, stages)
+                    with arrivals[row] as wait_s:
+                        stages.read_s += wait_s
+                        worker.fill(plan, slot, row, stages)
                 except (DecodeError, ShardError) as error:
                     damaged[row] = (plan.records[row].index, str(error))
                 slot.flight[row] = 2
         except BaseException as error:
             task.fail(error)
             return
+        if self._remote is not None:
+            stages.requests, stages.network_bytes = self._remote.take_traffic()
         if task.done(stages, damaged):
-            if task.retry:  # some records failed: take their successors and make the batch again
+            if (
+                task.retry and len(task.filled.damaged) <= self._allowed_damage
+            ):  # some records failed: take their successors and make the batch again
                 task.retry = False
                 self._start(task)
             else:
@@ -208,7 +246,7 @@ class _Task:
 class _Worker:
     """What one decode thread owns."""
 
-    def __init__(self, decoder: Decoder, reader: ShardReader, views: tuple, cache: FrameCache | None) -> None:
+    def __init__(self, decoder: Decoder, reader: Reader, views: tuple, cache: FrameCache | None) -> None:
         self._decoder = decoder
         self._reader = reader
         self._cache = cache

@@ -82,6 +82,8 @@ class Loader:
         self.order = Order(num_records=len(self.index), seed=seed, shuffle=shuffle, repeat=repeat, picks=picks)
         self._rank, self._world, self._drop_last = rank, world, drop_last
         self.config = (config or LoaderConfig()).resolved(_cores())
+        if index.url:  # every process fetches its next batch while it decodes one
+            self.config = replace(self.config, ahead=max(self.config.ahead, 2 * self.config.processes))
         self.stages = Stages()
         self.wait_s = 0.0
         self.augment_s = 0.0
@@ -194,7 +196,7 @@ class Loader:
     def _account(self, filled: Filled) -> None:
         self.stages.add(filled.stages)
         self.damaged.update(filled.damaged)
-        allowed = max(1, int(self.config.max_damaged * len(self.index)))
+        allowed = self.config.allowed_damage(len(self.index))
         if len(self.damaged) > allowed:
             number, reason = next(iter(filled.damaged.items()))
             raise DamageBudgetError(

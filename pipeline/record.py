@@ -23,6 +23,7 @@ import pyarrow as pa
 
 SCHEMA_VERSION = 1
 INDEX_FILE = "index.arrow"
+REMOTE_FILE = "remote.json"  # beside the index of a data set whose shards are elsewhere
 AUDIO_BLOCK = 16384  # samples covered by one checksum of the audio track
 _ROWS_PER_BATCH = 1 << 16
 _SHARD_NAME = re.compile(r"[\w\-][\w.\-]*")  # a path in an index could lead anywhere
@@ -186,6 +187,8 @@ class _Batch:
 class ShardIndex:
     """The memory-mapped index of a packed data set, or a selection of its rows.
 
+    Attributes: ``root`` (folder of the index), ``url`` (where the shards are, empty: in the folder), ``classes``.
+
     >>> ShardIndex.open("/nowhere")
     Traceback (most recent call last):
     clipmill.pipeline.record.IndexFormatError: /nowhere: no index.arrow there; is this a folder made by `clipmill pack`?
@@ -210,7 +213,8 @@ class ShardIndex:
             self._shards: list[str] = json.loads(meta["clipmill.shards"])
             if strangers := [name for name in self._shards if not _SHARD_NAME.fullmatch(name)]:
                 raise IndexFormatError(f"{path}: {strangers[0]!r} is no name of a shard in its folder; pack again")
-            self._paths = [str(root / name) for name in self._shards]
+            self.url = url_of(root)
+            self._paths = [f"{self.url}/{name}" if self.url else str(root / name) for name in self._shards]
             self._codecs = [CodecConfig.from_json(item) for item in json.loads(meta["clipmill.codecs"])]
             self.classes: list[str] = json.loads(meta["clipmill.classes"])
         except (pa.ArrowException, OSError, LookupError, TypeError, AttributeError, ValueError) as error:
@@ -223,8 +227,15 @@ class ShardIndex:
 
     @staticmethod
     def open(root: str | Path) -> ShardIndex:
-        """Open the data set in folder ``root``; raises IndexFormatError with the remedy."""
-        return ShardIndex(Path(root))
+        """Open the data set in folder ``root`` or at a URL; raises IndexFormatError with the remedy.
+
+        For a URL also what `clipmill.pipeline.remote.data_folder` raises.
+        """
+        if "://" not in str(root):
+            return ShardIndex(Path(root))
+        from clipmill.pipeline.remote import data_folder
+
+        return ShardIndex(data_folder(root))
 
     def __reduce__(self) -> tuple:
         return ShardIndex, (self.root, self._rows)
@@ -241,7 +252,7 @@ class ShardIndex:
 
     @property
     def shards(self) -> list[Path]:
-        """The shard files, in order."""
+        """The shard files, in order; those of a remote data set are not there."""
         return [self.root / name for name in self._shards]
 
     def _locate(self, index: int) -> tuple[_Batch, int]:
@@ -303,6 +314,12 @@ class ShardIndex:
         if not mask.any():
             raise ValueError(f"{self.root}: no split {name!r}; it has {sorted(set(names.tolist()))}")
         return self.select(mask)
+
+
+def url_of(root: Path) -> str:
+    """Where the shards of a data set are, empty if they are in its folder."""
+    path = root / REMOTE_FILE
+    return str(json.loads(path.read_text("utf-8"))["url"]) if path.is_file() else ""
 
 
 def index_digest(records: Iterable[VideoRecord]) -> str:

@@ -26,8 +26,9 @@ class LoaderConfig:
 
     threads: decode threads per process, 0 = choose by the number of cores. processes: decode processes, 0 = decode in
     this process, -1 = choose. ahead: batches made in advance. decoder: backend name, auto = the fastest for each
-    record. cache_gb: GiB of memory for decoded frames, which later epochs copy instead of decoding. max_damaged: share
-    of the records that may turn out damaged before the run stops.
+    record. cache_gb: GiB of memory for decoded frames, which later epochs copy instead of decoding. shard_cache_gb: GiB
+    of local disk for what is read of shards on object storage. max_damaged: share of the records that may turn out
+    damaged before the run stops.
     """
 
     threads: int = 0
@@ -35,7 +36,12 @@ class LoaderConfig:
     ahead: int = 2
     decoder: str = "auto"
     cache_gb: float = 0.0
+    shard_cache_gb: float = 0.0
     max_damaged: float = 0.01
+
+    def allowed_damage(self, records: int) -> int:
+        """How many of the records may turn out damaged."""
+        return max(1, int(self.max_damaged * records))
 
     def resolved(self, cores: int) -> LoaderConfig:
         """The same with all automatic choices made for ``cores`` cores."""
@@ -61,7 +67,17 @@ class ThreadRing:
     ) -> None:
         self._transfer = transfer
         self._shape = shape
-        self._engine = Engine(index, planner, order, shape, threads=config.threads, decoder=config.decoder, cache=cache)
+        self._engine = Engine(
+            index,
+            planner,
+            order,
+            shape,
+            threads=config.threads,
+            decoder=config.decoder,
+            cache=cache,
+            shard_cache_gb=config.shard_cache_gb,
+            allowed_damage=config.allowed_damage(len(index)),
+        )
         self._buffers: dict[int, np.ndarray] = {}
 
     def submit(self, job: Job, number: int) -> Future[tuple[Filled, Slot]]:
@@ -112,7 +128,17 @@ class ProcessRing:
         self._transfer = transfer
         self._shape = shape
         self._workers = [
-            WorkerProcess(index, planner, order, shape, threads=config.threads, decoder=config.decoder, cache=cache)
+            WorkerProcess(
+                index,
+                planner,
+                order,
+                shape,
+                threads=config.threads,
+                decoder=config.decoder,
+                cache=cache,
+                shard_cache_gb=config.shard_cache_gb,
+                allowed_damage=config.allowed_damage(len(index)),
+            )
             for _ in range(config.processes)
         ]
         self._buffers = [SharedBuffer() for _ in range(config.ahead + 1)]

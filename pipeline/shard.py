@@ -9,15 +9,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import math
 import os
 import re
 import tarfile
 import threading
 import zlib
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, final
 
 import numpy as np
 
@@ -91,8 +93,69 @@ def _member(name: str, size: int) -> tarfile.TarInfo:
     return info
 
 
-class ShardReader:
-    """Positional reads from shards; safe to share between threads. Keeps a bounded number of files open per thread."""
+class Reader(ABC):
+    """Reads byte ranges of shards, and what the index says lies in them. Safe to share between threads.
+
+    Attribute ``waste``: see `clipmill.pipeline.decode.runs.reads`.
+    """
+
+    waste: float
+
+    @abstractmethod
+    def read(self, shard: str, offset: int, size: int) -> bytes:
+        """Exactly ``size`` bytes at ``offset``; ShardError if the shard is missing or ends before."""
+
+    @abstractmethod
+    def descriptor(self, shard: str) -> int:
+        """A file with the bytes of a shard in their places, for reading by this thread and no other.
+
+        Bytes that are not at hand may be missing from it or be zero: checksums tell. Raises ShardError if there is
+        no such shard.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give everything back; no thread may be reading."""
+
+    @final
+    def packets(self, record: VideoRecord, first: int, stop: int) -> list[memoryview]:
+        """The encoded packets [first, stop) of a record, read as one range, each verified."""
+        sizes = record.packet_sizes
+        offset = record.packet_offset + int(sizes[:first].sum(dtype=np.int64))
+        ends = np.cumsum(sizes[first:stop], dtype=np.int64).tolist()
+        view = memoryview(self.read(record.shard, offset, ends[-1] if ends else 0))
+        crcs = record.packet_crcs[first:stop].tolist()
+        result, start = [], 0
+        for number, (end, crc) in enumerate(zip(ends, crcs, strict=True), first):
+            packet = view[start:end]
+            if zlib.crc32(packet) != crc:
+                raise ShardError(f"{record.shard}: packet {number} of {record.key!r} is altered (checksum differs)")
+            result.append(packet)
+            start = end
+        return result
+
+    @final
+    def samples(self, record: VideoRecord, start: int, count: int) -> np.ndarray:
+        """int16 samples [start, start + count) of the audio track; zeros outside it. Shape (count,)."""
+        wave = np.zeros(count, np.int16)
+        low, high = max(start, 0), min(start + count, record.num_samples)
+        if low >= high:
+            return wave
+        first, stop = sound_blocks(record, start, count)
+        begin, end = first * AUDIO_BLOCK, min(stop * AUDIO_BLOCK, record.num_samples)
+        data = memoryview(self.read(record.shard, record.audio_offset + 2 * begin, 2 * (end - begin)))
+        crcs = audio_crcs(data)
+        if crcs != record.audio_crcs[first:stop].tolist():
+            raise ShardError(f"{record.shard}: the sound of {record.key!r} is altered (checksum differs)")
+        wave[low - start : high - start] = np.frombuffer(data, "<i2")[low - begin : high - begin]
+        return wave
+
+
+@final
+class ShardReader(Reader):
+    """Positional reads from shards on disk. Keeps a bounded number of files open per thread."""
+
+    waste = math.inf
 
     def __init__(self) -> None:
         self._local = threading.local()
@@ -112,37 +175,6 @@ class ShardReader:
         if len(data) != size:
             raise _truncated(shard, offset + size)
         return data
-
-    def packets(self, record: VideoRecord, first: int, stop: int) -> list[memoryview]:
-        """The encoded packets [first, stop) of a record, read as one range, each verified."""
-        sizes = record.packet_sizes
-        offset = record.packet_offset + int(sizes[:first].sum(dtype=np.int64))
-        ends = np.cumsum(sizes[first:stop], dtype=np.int64).tolist()
-        view = memoryview(self.read(record.shard, offset, ends[-1] if ends else 0))
-        crcs = record.packet_crcs[first:stop].tolist()
-        result, start = [], 0
-        for number, (end, crc) in enumerate(zip(ends, crcs, strict=True), first):
-            packet = view[start:end]
-            if zlib.crc32(packet) != crc:
-                raise ShardError(f"{record.shard}: packet {number} of {record.key!r} is altered (checksum differs)")
-            result.append(packet)
-            start = end
-        return result
-
-    def samples(self, record: VideoRecord, start: int, count: int) -> np.ndarray:
-        """int16 samples [start, start + count) of the audio track; zeros outside it. Shape (count,)."""
-        wave = np.zeros(count, np.int16)
-        low, high = max(start, 0), min(start + count, record.num_samples)
-        if low >= high:
-            return wave
-        first, last = low // AUDIO_BLOCK, (high - 1) // AUDIO_BLOCK
-        begin, end = first * AUDIO_BLOCK, min((last + 1) * AUDIO_BLOCK, record.num_samples)
-        data = memoryview(self.read(record.shard, record.audio_offset + 2 * begin, 2 * (end - begin)))
-        crcs = audio_crcs(data)
-        if crcs != record.audio_crcs[first : last + 1].tolist():
-            raise ShardError(f"{record.shard}: the sound of {record.key!r} is altered (checksum differs)")
-        wave[low - start : high - start] = np.frombuffer(data, "<i2")[low - begin : high - begin]
-        return wave
 
     def close(self) -> None:
         """Close all files; no thread may be reading."""
@@ -174,6 +206,12 @@ class ShardReader:
 
 def _truncated(shard: str, end: int) -> ShardError:
     return ShardError(f"{shard}: ends before byte {end}; the shard is truncated, pack it again")
+
+
+def sound_blocks(record: VideoRecord, start: int, count: int) -> tuple[int, int]:
+    """Blocks [first, stop) of the sound that hold samples [start, start + count); none where there are no samples."""
+    low, high = max(start, 0), min(start + count, record.num_samples)
+    return (low // AUDIO_BLOCK, -(-high // AUDIO_BLOCK)) if low < high else (0, 0)
 
 
 def audio_crcs(pcm: bytes | memoryview) -> list[int]:

@@ -66,12 +66,14 @@ class WorkerProcess:
         threads: int,
         decoder: str,
         cache: FrameCache | None = None,
+        shard_cache_gb: float = 0.0,
+        allowed_damage: int = 1 << 62,
     ) -> None:
         self.deaths = 0
         self._unexplained = 0  # deaths in a row without an answer or a record to blame
         self._shape = shape
         self._order = order
-        self._arguments = (index, planner, shape, threads, decoder, cache)
+        self._arguments = (index, planner, shape, threads, decoder, cache, shard_cache_gb, allowed_damage)
         self._waiting: deque[_Request] = deque()  # in the order they were asked for
         self._sent = 0  # of them
         self._next = 0
@@ -223,10 +225,22 @@ def _serve(
     threads: int,
     decoder: str,
     cache: FrameCache | None,
+    shard_cache_gb: float,
+    allowed_damage: int,
 ) -> None:
     """The loop of a decode process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
-    engine = Engine(index, planner, order, shape, threads=threads, decoder=decoder, cache=cache)
+    engine = Engine(
+        index,
+        planner,
+        order,
+        shape,
+        threads=threads,
+        decoder=decoder,
+        cache=cache,
+        shard_cache_gb=shard_cache_gb,
+        allowed_damage=allowed_damage,
+    )
     buffers: dict[str, SharedBuffer] = {}
     lock = threading.Lock()
 

@@ -14,7 +14,9 @@ import numpy as np
 from tyro.conf import Positional
 
 from clipmill.pipeline.record import ShardIndex
+from clipmill.pipeline.remote import data_folder
 from clipmill.tools import html
+from clipmill.tools.data_set import DataSet, full_name
 
 if TYPE_CHECKING:
     from clipmill.tools.inspect_data import Rows, Sample
@@ -30,8 +32,8 @@ class Args:
     Writes index.html (self-contained) and PNG sheets to --out.
     """
 
-    dataset: Positional[Path]
-    """Folder made by `clipmill pack`."""
+    dataset: Positional[DataSet]
+    """Folder made by `clipmill pack`, or the URL of one."""
     out: Path = Path("inspect")
     """Folder for the page and the pictures."""
     method: tuple[str, ...] = ()
@@ -42,6 +44,8 @@ class Args:
     """Records and clips to show."""
     seed: int = 0
     """Chooses the samples and their random draws."""
+    cache_dir: Path | None = None
+    """Folder for what is fetched of a data set at a URL; default $CLIPMILL_CACHE, else ~/.cache/clipmill."""
     json: bool = False
     """Print the numbers as JSON."""
 
@@ -50,7 +54,7 @@ class Args:
             raise ValueError(f"--samples must be at least 1, got {self.samples}")
         if len(self.method) > 2:
             raise ValueError(f"--method takes NAME [RECIPE], got {' '.join(self.method)}; put DATASET before it")
-        if self.out.resolve() == self.dataset.resolve():
+        if str(self.out.resolve()) == full_name(self.dataset):
             raise ValueError(f"--out {self.out} is the data set itself; choose another folder")
 
 
@@ -58,13 +62,14 @@ def main(args: Args) -> int:
     """Write the page; 0 when it is there."""
     from clipmill.tools import inspect_data as data
 
-    index = ShardIndex.open(args.dataset)
+    root = data_folder(args.dataset, cache_dir=args.cache_dir, also=("rejects.jsonl",))
+    index = ShardIndex.open(root)
     if args.split:
         index = index.split(args.split)
     if not len(index):
         raise ValueError(f"{args.dataset}: the data set holds no record; rejects.jsonl there says why")
-    about = data.dataset_json(args.dataset)
-    rejects, problems = data.reject_rows(args.dataset)
+    about = data.dataset_json(root)
+    rejects, problems = data.reject_rows(root)
     planner = data.method_planner(*args.method) if args.method else data.plain_planner(index)
     samples = data.record_samples(index, args.samples, args.seed, args.json)
     loader, views = data.view_samples(index, planner, args.samples, args.seed)
@@ -84,7 +89,8 @@ def main(args: Args) -> int:
     ]
     args.out.mkdir(parents=True, exist_ok=True)
     page = args.out / "index.html"
-    html.write_page(page, html.page(f"Data set {args.dataset.resolve().name}", str(args.dataset), sections))
+    name = full_name(args.dataset).rpartition("/")[2]
+    html.write_page(page, html.page(f"Data set {name}", str(args.dataset), sections))
     sheets = {
         "contact-sheet": [(f"{s.record.key}  {s.facts}", s.film) for s in samples if s.film is not None],
         "spectrograms": [(f"{s.record.key}  {s.facts}", s.sound) for s in samples if s.sound is not None],

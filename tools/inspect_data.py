@@ -16,7 +16,8 @@ from clipmill.pipeline.decode.decoder import DecodeError, new_decoder
 from clipmill.pipeline.loader import Loader, LoaderConfig
 from clipmill.pipeline.order import Order
 from clipmill.pipeline.record import ShardIndex, VideoRecord
-from clipmill.pipeline.shard import ShardError, ShardReader
+from clipmill.pipeline.remote import open_reader, shard_bytes
+from clipmill.pipeline.shard import ShardError
 from clipmill.pipeline.spec import AudioSpec, CenterCrop, LogMel, Normalize, VideoSpec
 from clipmill.pipeline.views import Clips, Planner, Sound, View
 from clipmill.tools import pictures
@@ -53,13 +54,14 @@ def corpus_numbers(index: ShardIndex) -> dict[str, Any]:
     labels, names = index.column("label"), index.classes
     durations_s = durations(index)
     rows = np.unique(index.column("codec"), return_index=True, return_counts=True)
+    shards = _shard_bytes(index)
     sizes = zip(index.column("width").tolist(), index.column("height").tolist(), strict=True)
     return {
         "records": len(index),
         "digest": index.digest,
         "shards": len(index.shards),
-        "shard_bytes": sum(path.stat().st_size for path in index.shards if path.is_file()),
-        "shards_missing": [path.name for path in index.shards if not path.is_file()],
+        "shard_bytes": sum(shards.values()),
+        "shards_missing": [path.name for path in index.shards if path.name not in shards],
         "frames": int(frames.sum()),
         "hours": float(durations_s.sum() / 3600),
         "images": int((frames == 1).sum()),
@@ -75,6 +77,13 @@ def corpus_numbers(index: ShardIndex) -> dict[str, Any]:
         "audio_hz": _counts(str(rate) for rate in index.column("audio_hz").tolist() if rate),
         "codecs": {index[int(row)].codec.codec: int(n) for _, row, n in zip(*rows, strict=True)},
     }
+
+
+def _shard_bytes(index: ShardIndex) -> dict[str, int]:
+    """Sizes of the shards that are there; of remote ones as dataset.json has them."""
+    if index.url:
+        return shard_bytes(index.root)
+    return {path.name: path.stat().st_size for path in index.shards if path.is_file()}
 
 
 def durations(index: ShardIndex) -> np.ndarray:
@@ -145,7 +154,7 @@ def record_samples(index: ShardIndex, count: int, seed: int, quiet: bool) -> lis
     """Film strips and spectrograms of ``count`` records, chosen by the seed, in index order."""
     order = Order(num_records=len(index), seed=seed)
     chosen = sorted(order.records(0, np.arange(min(count, len(index)))).tolist())
-    reader = ShardReader()
+    reader = open_reader(index)
     decoder = new_decoder("pyav", reader)
     found = []
     for number in track(chosen, "inspect", len(chosen), "records", quiet=quiet):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from clipmill.pipeline.config import TrainConfig, from_json, to_json
+from clipmill.tools.data_set import DataSet, full_name
 from clipmill.tools.simulate import WhatIf
 
 if TYPE_CHECKING:
@@ -49,10 +50,12 @@ With several processes: torchrun --nproc-per-node 8 -m clipmill.tools.cli pretra
 class Options:
     """What is not a setting of the method, of training or of loading."""
 
-    data: Path
-    """Folder made by `clipmill pack`."""
+    data: DataSet
+    """Folder made by `clipmill pack`, or the URL of one (s3://bucket/set, https://host/set, ...)."""
     out: Path
     """Folder of the run; must be new unless --resume."""
+    cache_dir: Path | None = None
+    """Folder for what is fetched of a data set at a URL; default $CLIPMILL_CACHE, else ~/.cache/clipmill."""
     split: str = ""
     """Records to train on; default: the split `train` where there is one, else all."""
     resume: bool = False
@@ -205,7 +208,7 @@ def run_file(args: Args, index: ShardIndex, split: str) -> dict[str, Any]:
         "config": to_json(args.config),
         "train": to_json(args.train),
         "loader": to_json(args.loader),
-        "data": str(args.options.data.resolve()),
+        "data": full_name(args.options.data),
         "split": split,
         "data_digest": index.digest,
         "versions": _versions(),
@@ -271,8 +274,9 @@ def main(args: Args) -> int:
 
     from clipmill.models.method import method_class
     from clipmill.pipeline import dist
+    from clipmill.pipeline.remote import data_folder
 
-    index, split = records_of(args.options.data, args.options.split)
+    index, split = records_of(data_folder(args.options.data, cache_dir=args.options.cache_dir), args.options.split)
     torch.manual_seed(args.train.seed)
     method = method_class(args.method)(args.config)
     if args.options.plan:

@@ -12,10 +12,10 @@ import numpy as np
 from clipmill.pipeline.decode import targets as slots
 from clipmill.pipeline.decode.decoder import Decoder, Emit, new_decoder
 from clipmill.pipeline.record import VideoRecord
-from clipmill.pipeline.shard import ShardReader
+from clipmill.pipeline.shard import Reader
 
 
-def new(reader: ShardReader) -> Decoder:
+def new(reader: Reader) -> Decoder:
     """The backend's constructor."""
     return AutoDecoder(reader)
 
@@ -23,7 +23,7 @@ def new(reader: ShardReader) -> Decoder:
 class AutoDecoder:
     """Keeps one decoder of each backend that was needed so far."""
 
-    def __init__(self, reader: ShardReader) -> None:
+    def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self._decoders: dict[str, Decoder | None] = {}  # None: does not work here
 

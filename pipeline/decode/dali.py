@@ -13,12 +13,12 @@ import numpy as np
 from clipmill.pipeline.decode import gpu, mp4
 from clipmill.pipeline.decode.decoder import Decoder
 from clipmill.pipeline.decode.rgb import RgbDecoder
-from clipmill.pipeline.shard import ShardReader
+from clipmill.pipeline.shard import Reader
 
 _CPU_CODECS = ("mjpeg",)
 
 
-def new(reader: ShardReader) -> Decoder:
+def new(reader: Reader) -> Decoder:
     """The backend's constructor. Raises ImportError where DALI does not load."""
     _check_installed()
     device = gpu.number() if gpu.count() else None

@@ -23,7 +23,7 @@ from typing import Protocol
 import numpy as np
 
 from clipmill.pipeline.record import VideoRecord
-from clipmill.pipeline.shard import ShardReader
+from clipmill.pipeline.shard import Reader
 
 Planes = tuple[np.ndarray, np.ndarray, np.ndarray]
 Emit = Callable[[int, Planes], None]
@@ -64,11 +64,12 @@ class Decoder(Protocol):
         ...
 
 
-def new_decoder(name: str, reader: ShardReader) -> Decoder:
+def new_decoder(name: str, reader: Reader) -> Decoder:
     """A decoder of the backend ``name``, a module of this folder.
 
     Raises ValueError for a name that does not exist or whose libraries do not work here, with the remedy.
 
+    >>> from clipmill.pipeline.shard import ShardReader
     >>> new_decoder("vhs", ShardReader())  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ValueError: no decoder 'vhs'; choose from auto, dali, ...

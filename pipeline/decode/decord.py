@@ -14,12 +14,12 @@ import numpy as np
 
 from clipmill.pipeline.decode.decoder import Decoder
 from clipmill.pipeline.decode.rgb import RgbDecoder
-from clipmill.pipeline.shard import ShardReader
+from clipmill.pipeline.shard import Reader
 
 _CODECS = ("h264", "hevc", "mjpeg")  # its FFmpeg of 2018 has no AV1 decoder
 
 
-def new(reader: ShardReader) -> Decoder:
+def new(reader: Reader) -> Decoder:
     """The backend's constructor."""
     decord = import_module("decord")
 

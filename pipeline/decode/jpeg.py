@@ -22,7 +22,7 @@ import numpy as np
 from clipmill.pipeline.decode.decoder import DecodeError, Decoder, Emit, Planes, UnsupportedCodecError, check
 from clipmill.pipeline.decode.runs import Feed, Run
 from clipmill.pipeline.record import VideoRecord
-from clipmill.pipeline.shard import ShardReader
+from clipmill.pipeline.shard import Reader
 
 SCALES = (1, 2, 4, 8)
 _PIX_FMTS = ("yuvj420p", "yuv420p")
@@ -30,7 +30,7 @@ _SUBSAMPLING_420 = 2
 _MAX_BUFFERS = 8
 
 
-def new(reader: ShardReader) -> Decoder:
+def new(reader: Reader) -> Decoder:
     """The backend's constructor. Raises ModuleNotFoundError where there is no libjpeg-turbo."""
     if library() is None:
         raise ModuleNotFoundError("neither the package 'turbojpeg' nor a system's libturbojpeg is there")
@@ -40,7 +40,7 @@ def new(reader: ShardReader) -> Decoder:
 class JpegDecoder:
     """One decompressor; its planes are reused from frame to frame."""
 
-    def __init__(self, reader: ShardReader) -> None:
+    def __init__(self, reader: Reader) -> None:
         self._feed = Feed(reader)
         self._decompressor = Decompressor()
         self.decoded = 0

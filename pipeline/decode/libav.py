@@ -25,7 +25,7 @@ from clipmill.pipeline.decode.decoder import Decoder, Emit
 from clipmill.pipeline.decode.pyav import PyavDecoder
 from clipmill.pipeline.decode.runs import runs
 from clipmill.pipeline.record import CodecConfig, VideoRecord
-from clipmill.pipeline.shard import ShardReader
+from clipmill.pipeline.shard import Reader
 
 _MAX_CONTEXTS = 16
 _BUFFER_BYTES = 1 << 20
@@ -37,7 +37,7 @@ _PACKET_WORDS, _PICTURE_WORDS = 6, 18  # of 64 bits, from the beginning of the s
 _EXTRADATA = 16  # bytes into AVCodecParameters: pointer, then size
 
 
-def new(reader: ShardReader) -> Decoder:
+def new(reader: Reader) -> Decoder:
     """The backend's constructor. Raises ImportError where PyAV's libavcodec is not one that is known."""
     return LibavDecoder(reader)
 
@@ -45,7 +45,7 @@ def new(reader: ShardReader) -> Decoder:
 class LibavDecoder:
     """Persistent codec contexts, one per configuration, flushed between groups of pictures."""
 
-    def __init__(self, reader: ShardReader) -> None:
+    def __init__(self, reader: Reader) -> None:
         from clipmill.pipeline.decode import libav_calls  # imports the compiler
 
         self._code = libav_calls

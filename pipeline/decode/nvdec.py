@@ -19,14 +19,14 @@ from clipmill.pipeline.decode.annexb import AnnexB
 from clipmill.pipeline.decode.decoder import DecodeError, Decoder, Emit, Planes, UnsupportedCodecError, check
 from clipmill.pipeline.decode.runs import Feed, Run, runs
 from clipmill.pipeline.record import CodecConfig, VideoRecord
-from clipmill.pipeline.shard import ShardReader
+from clipmill.pipeline.shard import Reader
 
 _CODECS = {"h264": "H264", "hevc": "HEVC", "libdav1d": "AV1"}
 _MAX_SESSIONS = 4  # per thread
 _MAX_CONVERTERS = 64
 
 
-def new(reader: ShardReader) -> Decoder:
+def new(reader: Reader) -> Decoder:
     """The backend's constructor. Raises ImportError without a GPU, its driver or PyNvVideoCodec."""
     if gpu.count() == 0:
         raise ImportError("the CUDA driver shows no GPU")
@@ -45,7 +45,7 @@ class NvdecDecoder:
     library: the module PyNvVideoCodec (2.x).
     """
 
-    def __init__(self, reader: ShardReader, library: Any, device: int, context: int) -> None:
+    def __init__(self, reader: Reader, library: Any, device: int, context: int) -> None:
         self._feed = Feed(reader)
         self._library = library
         self._device = device

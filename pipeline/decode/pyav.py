@@ -14,12 +14,12 @@ from av.video.codeccontext import VideoCodecContext
 from clipmill.pipeline.decode.decoder import DecodeError, Decoder, Emit, Planes, UnsupportedCodecError
 from clipmill.pipeline.decode.runs import Feed, Run, runs
 from clipmill.pipeline.record import CodecConfig, VideoRecord
-from clipmill.pipeline.shard import ShardReader
+from clipmill.pipeline.shard import Reader
 
 _MAX_CONTEXTS = 16
 
 
-def new(reader: ShardReader) -> Decoder:
+def new(reader: Reader) -> Decoder:
     """The backend's constructor."""
     return PyavDecoder(reader)
 
@@ -27,7 +27,7 @@ def new(reader: ShardReader) -> Decoder:
 class PyavDecoder:
     """Persistent codec contexts, one per configuration, flushed between groups of pictures."""
 
-    def __init__(self, reader: ShardReader) -> None:
+    def __init__(self, reader: Reader) -> None:
         self._feed = Feed(reader)
         self._contexts: OrderedDict[tuple[CodecConfig, int, int], VideoCodecContext] = OrderedDict()
         self.decoded = 0

@@ -12,10 +12,10 @@ from clipmill.pipeline.decode.decoder import DecodeError, Decoder, Emit, check
 from clipmill.pipeline.decode.runs import Feed, Run
 from clipmill.pipeline.decode.targets import FRAME, copy_stored
 from clipmill.pipeline.record import VideoRecord
-from clipmill.pipeline.shard import ShardReader
+from clipmill.pipeline.shard import Reader
 
 
-def new(reader: ShardReader) -> Decoder:
+def new(reader: Reader) -> Decoder:
     """The backend's constructor."""
     return RawDecoder(reader)
 
@@ -23,7 +23,7 @@ def new(reader: ShardReader) -> Decoder:
 class RawDecoder:
     """Reads only the wanted frames. Every packet is one frame of height * width * 3 / 2 bytes: Y, U, V."""
 
-    def __init__(self, reader: ShardReader) -> None:
+    def __init__(self, reader: Reader) -> None:
         self._feed = Feed(reader)
         self.decoded = 0
 

@@ -18,7 +18,7 @@ from clipmill.pipeline.decode.decoder import DecodeError, Emit, Planes, Unsuppor
 from clipmill.pipeline.decode.runs import Feed, Run, runs
 from clipmill.pipeline.jit import compiled
 from clipmill.pipeline.record import CodecConfig, VideoRecord
-from clipmill.pipeline.shard import ShardReader
+from clipmill.pipeline.shard import Reader
 from clipmill.pipeline.spec import yuv_to_rgb_matrix
 
 _BITS = 16  # of the fraction in the fixed-point matrix
@@ -49,7 +49,7 @@ class RgbDecoder:
     def __init__(
         self,
         name: str,
-        reader: ShardReader,
+        reader: Reader,
         pictures: Callable[[Clip], np.ndarray],
         codecs: Sequence[str],
         errors: tuple[type[Exception], ...],

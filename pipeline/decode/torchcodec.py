@@ -17,17 +17,17 @@ import numpy as np
 from clipmill.pipeline.decode import mp4
 from clipmill.pipeline.decode.decoder import DecodeError, Decoder
 from clipmill.pipeline.decode.rgb import Clip, RgbDecoder
-from clipmill.pipeline.shard import ShardReader
+from clipmill.pipeline.shard import Reader
 
 Mode = Literal["exact", "approximate"]
 
 
-def new(reader: ShardReader) -> Decoder:
+def new(reader: Reader) -> Decoder:
     """The backend's constructor."""
     return decoder("torchcodec", reader, "cpu")
 
 
-def decoder(name: str, reader: ShardReader, device: str) -> Decoder:
+def decoder(name: str, reader: Reader, device: str) -> Decoder:
     """A decoder on a device, ``cpu`` or ``cuda:0``. Raises ImportError where torchcodec does not load."""
     _video_decoder()
     return RgbDecoder(name, reader, lambda clip: _pictures(clip, device), mp4.CODECS, (RuntimeError, IndexError), True)

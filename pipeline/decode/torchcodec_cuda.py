@@ -5,10 +5,10 @@ from __future__ import annotations
 from clipmill.pipeline.decode import gpu
 from clipmill.pipeline.decode.decoder import Decoder
 from clipmill.pipeline.decode.torchcodec import decoder
-from clipmill.pipeline.shard import ShardReader
+from clipmill.pipeline.shard import Reader
 
 
-def new(reader: ShardReader) -> Decoder:
+def new(reader: Reader) -> Decoder:
     """The backend's constructor. Raises ImportError without a GPU."""
     if gpu.count() == 0:
         raise ImportError("the CUDA driver shows no GPU")

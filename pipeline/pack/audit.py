@@ -8,7 +8,7 @@ from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from clipmill.pipeline.pack.audio import HEADER_BYTES, wav_header
 from clipmill.pipeline.pack.engine import Engine, Failure
 from clipmill.pipeline.pack.write import DATASET_FILE, MANIFEST_FILE, REJECTS_FILE, content_digest
 from clipmill.pipeline.record import AUDIO_BLOCK, INDEX_FILE, SCHEMA_VERSION, ShardIndex, VideoRecord, index_digest
-from clipmill.pipeline.shard import ShardError, ShardReader, file_digest, members
+from clipmill.pipeline.remote import local_copy
+from clipmill.pipeline.shard import Reader, ShardError, ShardReader, file_digest, members
 
 _PACKETS = 512  # read at a time
 
@@ -121,8 +122,16 @@ def _whole(root: Path, dataset: dict[str, Any], names: list[str], counts: dict[s
 
 
 def check_shard(task: ShardTask) -> list[Problem]:
-    """Everything that is wrong with one shard; runs in a worker."""
+    """Everything that is wrong with one shard; runs in a worker. A remote one is fetched for as long as that takes."""
     name = str(task.entry["name"])
+    try:
+        with local_copy(Path(task.root), name) as folder:
+            return _check_shard(replace(task, root=str(folder)), name)
+    except ShardError as error:
+        return [Problem(name, str(error))]
+
+
+def _check_shard(task: ShardTask, name: str) -> list[Problem]:
     path = Path(task.root) / name
     if not path.is_file():
         return [Problem(name, "is missing; restore it or pack again")]
@@ -180,7 +189,7 @@ class _Members:
         return name if end <= offset + size else ""
 
 
-def _record(record: VideoRecord, reader: ShardReader, places: _Members, used: set[str]) -> Iterator[str]:
+def _record(record: VideoRecord, reader: Reader, places: _Members, used: set[str]) -> Iterator[str]:
     """What is wrong with one record's bytes."""
     stem = ""
     sizes = record.packet_sizes
@@ -228,7 +237,7 @@ def _record(record: VideoRecord, reader: ShardReader, places: _Members, used: se
         yield f"{stem}.json is missing, damaged or of another record"
 
 
-def _sound(record: VideoRecord, reader: ShardReader) -> Iterator[str]:
+def _sound(record: VideoRecord, reader: Reader) -> Iterator[str]:
     blocks = -(-record.num_samples // AUDIO_BLOCK)
     if len(record.audio_crcs) != blocks:
         yield f"{len(record.audio_crcs)} checksums for {blocks} blocks of sound"

@@ -24,6 +24,7 @@ from clipmill.models import method as method_module
 from clipmill.models.method import Method, Output, Recipe
 from clipmill.pipeline.loader import Loader, LoaderConfig
 from clipmill.pipeline.record import ShardIndex, write_index
+from clipmill.pipeline.shard import file_digest
 from clipmill.pipeline.spec import AudioSpec, Cutout, Flip, Normalize, VideoSpec, WholeFrame
 from clipmill.pipeline.views import Clips, Uniform, View
 from clipmill.tools import cli, inspect_data, pictures
@@ -374,3 +375,21 @@ def test_real_clips(test_data: Path):
     )
     theirs = frame.to_ndarray(format="rgb24", interpolation="POINT")
     assert np.abs(ours.astype(int) - theirs).mean() < 2
+
+
+def test_a_data_set_at_a_url_looks_like_its_folder(packed: Path, tmp_path: Path, capsys):
+    about = json.loads((packed / "dataset.json").read_text())
+    shards = [{"name": path.name, "bytes": path.stat().st_size} for path in packed.glob("*.tar")]
+    files = {name: file_digest(packed / name) for name in ("index.arrow", "rejects.jsonl")}
+    (packed / "dataset.json").write_text(json.dumps(about | {"shards": shards, "files": files}))
+    found = {}
+    for name, place in (("folder", str(packed)), ("url", f"file://{packed}")):
+        options = ["--out", str(tmp_path / name), "--samples", "3", "--cache-dir", str(tmp_path / "cache"), "--json"]
+        assert cli.main(["inspect", place, *options]) == 0
+        found[name] = json.loads(capsys.readouterr().out)
+        assert all(Path(file).is_file() for file in found[name].pop("files"))
+    assert found["folder"] == found["url"]
+    assert found["url"]["shard_bytes"] == shards[0]["bytes"]
+    for picture in ("contact-sheet", "spectrograms", "view-clip"):
+        there = [(tmp_path / name / f"{picture}.png").read_bytes() for name in found]
+        assert there[0] == there[1]

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 
+from clipmill.tools.data_set import DataSet
 from clipmill.tools.evaluate.evaluator import benchmark_module, benchmarks
 from clipmill.tools.progress import Progress
 
@@ -27,12 +28,14 @@ class Args(Generic[C]):
     """Run folder or encoder folder; or random:FOLDER, the same encoder before training; or
     random:BACKBONE[:width=0.25,seed=1], an untrained one; or baseline:lab, the colours of raw pixels,
     or baseline:logmel, raw spectrograms. - with --score-only."""
-    data: tyro.conf.Positional[Path]
-    """Data set folder made by `clipmill pack`; for davis, jhmdb, vip and semantic_segmentation the folder of
-    the corpus itself."""
+    data: tyro.conf.Positional[DataSet]
+    """Data set folder made by `clipmill pack`, or the URL of one (s3://bucket/set, https://host/set, ...); for davis,
+    jhmdb, vip and semantic_segmentation the folder of the corpus itself."""
     out: Path | None = None
     """Folder for score.json, tables and pictures; default: evaluate/BENCHMARK in the run folder, or the folder that
     --score-only names."""
+    cache_dir: Path | None = None
+    """Folder for what is fetched of a data set at a URL; default $CLIPMILL_CACHE, else ~/.cache/clipmill."""
     json: bool = False
     """Print score.json instead of tables."""
     config: C
@@ -71,13 +74,15 @@ def main(args: Args[Any]) -> int:
     """Evaluate, store the report and print it."""
     from rich.console import Console
 
+    from clipmill.pipeline.remote import data_folder
     from clipmill.tools.evaluate.opening import open_encoder
 
     encoder = None if _rescored(args) is not None else open_encoder(args.encoder)
     out, config = _placed(args)
     with ExitStack() as stack:
         evaluate = benchmark_module(args.benchmark).evaluate
-        report = evaluate(encoder, args.data, out, config, progress=_shower(stack, quiet=args.json))
+        data = data_folder(args.data, cache_dir=args.cache_dir)
+        report = evaluate(encoder, data, out, config, progress=_shower(stack, quiet=args.json))
     report = replace(report, settings={"encoder": args.encoder, "data": str(args.data), **report.settings})
     path = report.save(out)
     if args.json:

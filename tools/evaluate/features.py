@@ -45,6 +45,8 @@ class Compute:
     """Decode processes, 0 = none, -1 = choose."""
     decoder: str = "pyav"
     """Decoder backend."""
+    shard_cache_gb: float = 0.0
+    """GiB of local disk for what is read of shards at a URL."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes CUDA where there is one."""
     precision: Precision = "fp32"
@@ -73,7 +75,12 @@ class Compute:
     @property
     def loader(self) -> LoaderConfig:
         """The loader's part."""
-        return LoaderConfig(threads=self.threads, processes=self.processes, decoder=self.decoder)
+        return LoaderConfig(
+            threads=self.threads,
+            processes=self.processes,
+            decoder=self.decoder,
+            shard_cache_gb=self.shard_cache_gb,
+        )
 
     def autocast(self) -> torch.autocast:
         """The context a forward pass runs in."""

@@ -22,7 +22,8 @@ from clipmill.pipeline.audio import log_mel, resample, waveform_to_view
 from clipmill.pipeline.config import to_json
 from clipmill.pipeline.draws import Draws, fold
 from clipmill.pipeline.record import ShardIndex, VideoRecord
-from clipmill.pipeline.shard import ShardReader
+from clipmill.pipeline.remote import open_reader
+from clipmill.pipeline.shard import Reader
 from clipmill.pipeline.sound_spec import AudioSpec, LogMel, Mask, MelCrop, TimeWarp, Volume
 from clipmill.pipeline.views import View
 from clipmill.tools.evaluate.classification import classification
@@ -193,7 +194,7 @@ def _windows(index: ShardIndex, view: View, config: Config) -> Iterator[tuple[Te
         raise ValueError("this encoder was trained on waveforms; sound classification needs a log-mel front end")
     mel, device = spec.logmel, config.compute.torch_device
     columns = round(view.duration_s * mel.hz) // mel.hop
-    reader = ShardReader()
+    reader = open_reader(index)
     try:
         for number in range(len(index)):
             record = index[number]
@@ -213,7 +214,7 @@ def _windows(index: ShardIndex, view: View, config: Config) -> Iterator[tuple[Te
         reader.close()
 
 
-def _recording(reader: ShardReader, record: VideoRecord, view: View, trim: bool) -> np.ndarray:
+def _recording(reader: Reader, record: VideoRecord, view: View, trim: bool) -> np.ndarray:
     """int16 samples of a record, with zeros behind them if it is shorter than a window."""
     least = round(view.duration_s * record.audio_hz)
     return reader.samples(record, 0, least if trim else max(least, record.num_samples))

@@ -13,7 +13,9 @@ from clipmill.pipeline.pack.engine import Failure
 from clipmill.pipeline.pack.run import pack
 from clipmill.pipeline.pack.settings import PackSettings
 from clipmill.pipeline.record import ShardIndex
+from clipmill.pipeline.remote import data_folder
 from clipmill.pipeline.shard import file_digest
+from clipmill.tools import cli
 
 
 def here(run_task, tasks):
@@ -56,6 +58,25 @@ def forge(root):
 def test_nothing_is_wrong_with_what_was_just_written(packed):
     assert problems(packed) == (set(), "")
     assert problems(packed, decode=True) == (set(), "")
+
+
+def test_a_data_set_at_a_url_is_checked_like_its_folder(packed, tmp_path, capfd):
+    url, cache = f"file://{packed}", tmp_path / "cache"
+    root = data_folder(url, cache_dir=cache, also=("manifest.parquet", "rejects.jsonl"))
+    assert ShardIndex.open(root).url == url
+    assert problems(root, decode=True) == (set(), "")
+    command = ["verify", url, "--cache-dir", str(cache), "--workers", "1"]
+    assert cli.main(command) == 0
+    assert capfd.readouterr().out == f"{url}: no problem found\n"
+    alter(packed / "shard-00000.tar", ShardIndex.open(packed)[0].packet_offset)
+    where, what = problems(root)
+    assert where == {"shard-00000.tar", f"shard-00000.tar: {ShardIndex.open(packed)[0].key}"}
+    assert "altered" in what
+    (packed / "shard-00001.tar").unlink()
+    assert cli.main([*command, "--json"]) == 1
+    found = json.loads(capfd.readouterr().out)
+    assert f"{url}/shard-00001.tar: is not there; check the URL, or upload the whole data set" in str(found["problems"])
+    assert not list(root.glob("verify-*"))
 
 
 def test_any_altered_byte_of_a_shard_is_found(packed):
