@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO ?= demo
 DEMO_ARGS ?=
 TEST_ARGS ?=
 
 .PHONY: demo test test-slow lint install clean
 
-demo: install
+demo: $(VENV)/.installed
 	$(BIN)/clipmill demo --out $(DEMO) $(DEMO_ARGS)
 
 test: install lint
@@ -22,12 +23,17 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-install: $(VENV)/.installed
+# With the tools and all optional packages that the tests use; `make demo` does without them.
+install: $(VENV)/.dev
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) -e ".[dev]"
+	touch $@
 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), f'Python >= 3.11 is needed, this is {sys.version}'"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PIP) -e .
 	touch $@
 
 clean:

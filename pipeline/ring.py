@@ -22,22 +22,22 @@ _THREADS_PER_PROCESS = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoaderConfig:
-    """How batches are made; none of it changes what is in them.
-
-    threads: decode threads per process, 0 = choose by the number of cores. processes: decode processes, 0 = decode in
-    this process, -1 = choose. ahead: batches made in advance. decoder: backend name, auto = the fastest for each
-    record. cache_gb: GiB of memory for decoded frames, which later epochs copy instead of decoding. shard_cache_gb: GiB
-    of local disk for what is read of shards on object storage. max_damaged: share of the records that may turn out
-    damaged before the run stops.
-    """
+    """How batches are made; none of it changes what is in them."""
 
     threads: int = 0
+    """Decode threads per process; 0 = choose by the number of cores."""
     processes: int = -1
+    """Decode processes; 0 = decode in this process, -1 = choose."""
     ahead: int = 2
+    """Batches made in advance."""
     decoder: str = "auto"
+    """Name of the decoder, see `clipmill doctor`; auto = the fastest for each record."""
     cache_gb: float = 0.0
+    """GiB of memory for decoded frames, which later epochs copy instead of decoding."""
     shard_cache_gb: float = 0.0
+    """GiB of local disk for what is read of shards on object storage."""
     max_damaged: float = 0.01
+    """Share of the records that may turn out damaged before the run stops."""
 
     def allowed_damage(self, records: int) -> int:
         """How many of the records may turn out damaged."""

@@ -29,6 +29,7 @@ _TAR_BLOCK = 512
 _MEMBER_NAME = re.compile(r"[A-Za-z0-9_\-]+\.[A-Za-z0-9.]+")
 _MAX_OPEN_FILES = 64  # per thread
 _LARGE_BYTES = 1 << 24
+_FAR = 1 << 62  # no file is that long, and a little more is no file offset
 
 
 class ShardError(ValueError):
@@ -164,7 +165,7 @@ class ShardReader(Reader):
 
     def read(self, shard: str, offset: int, size: int) -> bytes:
         """Exactly ``size`` bytes at ``offset``; ShardError if the file is missing or ends before."""
-        if size > _LARGE_BYTES and offset + size > os.fstat(self.descriptor(shard)).st_size:
+        if (size > _LARGE_BYTES or offset > _FAR) and offset + size > os.fstat(self.descriptor(shard)).st_size:
             raise _truncated(shard, offset + size)  # before so much memory is asked for on the word of a damaged index
         data = os.pread(self.descriptor(shard), size, offset)
         while 0 < len(data) < size:  # the kernel may return less than asked

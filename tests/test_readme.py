@@ -6,9 +6,13 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import tyro
+
+from clipmill.tools import cli
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -51,6 +55,19 @@ def test_the_code_runs(toured: Path) -> None:
         path = toured / f"example_{number}.py"
         path.write_text(f"if __name__ == '__main__':\n{re.sub('^', '    ', text, flags=re.MULTILINE)}", "utf-8")
         run([sys.executable, str(path)], toured)
+
+
+def test_commands_for_other_machines_are_understood() -> None:
+    """They need a cluster or a store; what they do is tested elsewhere, here that they are spelt right."""
+    text = README.read_text("utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^ {4}(\S.*)$", text, re.MULTILINE)
+    lines = [line.partition(" #")[0].split() for line in commands if "->" not in line]
+    words = [line[line.index("clipmill.tools.cli") :] if "clipmill.tools.cli" in line else line for line in lines]
+    ours = [line[1:] for line in words if line[0] in ("clipmill", "clipmill.tools.cli")]
+    assert {line[0] for line in ours} >= {"pack", "pretrain", "verify"}
+    for name, *options in ours:
+        module = import_module(f"clipmill.tools.{cli.COMMANDS[name][0]}")
+        assert module.parse(options) if hasattr(module, "parse") else tyro.cli(module.Args, args=options)
 
 
 def test_make_targets_exist() -> None:

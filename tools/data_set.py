@@ -7,8 +7,6 @@ from typing import Annotated
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-from clipmill.pipeline.storage import is_url
-
 
 def named(text: str) -> Path | str:
     """A folder as a path, a URL as it is (a path would join its slashes).
@@ -16,6 +14,8 @@ def named(text: str) -> Path | str:
     >>> named("s3://bucket/set")
     's3://bucket/set'
     """
+    from clipmill.pipeline.storage import is_url  # late: help must not wait for it
+
     return text if is_url(text) else Path(text)
 
 

@@ -11,6 +11,8 @@ from tyro.conf import Positional
 
 if TYPE_CHECKING:
     from clipmill.datasets.source import Corpus
+    from clipmill.pipeline.pack.engine_ray import RayEngine
+    from clipmill.pipeline.pack.plan import Share
     from clipmill.pipeline.pack.settings import PackSettings
 
 
@@ -19,7 +21,7 @@ class Args:
     """Pack a corpus: check, normalise and re-encode every file once, so that clips can be read fast and exactly.
 
     Every file ends as ok, salvaged, rejected or duplicate, with the reason in rejects.jsonl. Interrupt it at any time;
-    the same command continues, and the result is the same to the byte.
+    the same command continues, and the result is the same to the byte. So it is on several machines (--task, --engine).
     """
 
     source: Positional[Path]
@@ -68,7 +70,16 @@ class Args:
     sample: int = 8
     """Sources in the sample of --estimate."""
     workers: int = 0
-    """Worker processes; 0 = one per core. The result does not depend on it."""
+    """Worker processes; 0 = one per core (of the whole cluster with Ray). The result does not depend on it."""
+    engine: Literal["local", "ray"] = "local"
+    """Where they run: local = on this machine; ray = on a Ray cluster, whose machines share the folders."""
+    address: str | None = None
+    """Of the Ray cluster, HOST:PORT, auto or local; default: RAY_ADDRESS, else one on this machine."""
+    task: str | None = None
+    """I/N, e.g. 2/8: pack only the shards of task I of N. Tasks may run at once, on machines that share the folders;
+    --finish makes one data set of what they packed."""
+    finish: bool = False
+    """Pack nothing: make the data set of the shards that the tasks packed."""
     timeout_s: float = 3600.0
     """Seconds that one file may take before it is given up."""
     memory_gb: float = 8.0
@@ -80,13 +91,15 @@ class Args:
 def main(args: Args) -> int:
     """Pack, and say what became of the corpus."""
     import json
+    import sys
+    from contextlib import ExitStack, redirect_stdout
 
-    from clipmill.pipeline.pack.run import pack
+    from clipmill.pipeline.pack.run import finish, pack
     from clipmill.pipeline.pack.settings import PackSettings
     from clipmill.tools.progress import Progress
 
-    if args.workers < 0:
-        raise ValueError(f"--workers must be 0 or more, got {args.workers}")
+    _check(args)
+    share = _share(args.task)
     names = (
         "profile",
         "gop",
@@ -102,31 +115,79 @@ def main(args: Args) -> int:
     corpus = read_corpus(args)
     if args.estimate:
         return _estimate(args, corpus, settings)
-    with Progress("pack", unit="files", quiet=args.json) as progress:
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress("pack", unit="files", quiet=args.json or args.finish))
 
         def report(done: int, total: int, packed: int, rejected: int, size: int) -> None:
             progress(done, total, f"{packed} packed, {rejected} rejected, {size / 1e6:.0f} MB")
 
-        summary = pack(
-            corpus,
-            args.out,
-            settings,
-            root=args.source,
-            workers=args.workers,
-            timeout_s=args.timeout_s,
-            memory_gb=args.memory_gb,
-            on_progress=report,
-        )
+        stack.enter_context(redirect_stdout(sys.stderr))  # where Ray prints that a node is lost
+        if args.finish:
+            summary = finish(corpus, args.out, settings, root=args.source)
+        else:
+            summary = pack(
+                corpus,
+                args.out,
+                settings,
+                root=args.source,
+                workers=args.workers,
+                timeout_s=args.timeout_s,
+                memory_gb=args.memory_gb,
+                engine=stack.enter_context(_ray_engine(args)) if args.engine == "ray" else None,
+                share=share,
+                on_progress=report,
+            )
     if args.json:
         facts: dict[str, Any] = {"out": str(args.out), "counts": summary.counts, "reasons": summary.reasons}
         print(json.dumps(facts | {"already": summary.already}))
         return 0
     counts = ", ".join(f"{count} {name}" for name, count in summary.counts.items())
-    print(f"{args.out}: {'was packed before: ' if summary.already else ''}{counts}")
+    how = "was packed before: " if summary.already else f"task {share}: " if share else ""
+    print(f"{args.out}: {how}{counts}")
+    if share and not summary.already:
+        print("after all tasks: the same command with --finish instead of --task")
+        return 0
     if summary.reasons:
         reasons = ", ".join(f"{count} {name}" for name, count in summary.reasons.items())
         print(f"not packed: {reasons} (see {args.out / 'rejects.jsonl'})")
     return 0
+
+
+def _check(args: Args) -> None:
+    """Options that cannot go together."""
+    if args.workers < 0:
+        raise ValueError(f"--workers must be 0 or more, got {args.workers}")
+    if args.task is not None and args.finish:
+        raise ValueError("--finish comes after all tasks; leave --task out")
+    if args.address is not None and args.engine != "ray":
+        raise ValueError("--address is that of a Ray cluster; add --engine ray")
+    if args.engine == "ray" and (args.estimate or args.finish):
+        raise ValueError(f"--{'estimate' if args.estimate else 'finish'} runs on this machine; leave --engine ray out")
+    if args.estimate and (args.task is not None or args.finish):
+        raise ValueError("--estimate writes nothing; leave --task and --finish out")
+
+
+def _share(text: str | None) -> Share | None:
+    from clipmill.pipeline.pack.plan import Share
+
+    if text is None:
+        return None
+    number, _, of = text.partition("/")
+    if not (number.isascii() and number.isdigit() and of.isascii() and of.isdigit()):
+        raise ValueError(f"--task {text}: give I/N, e.g. 2/8 for the second of eight tasks")
+    return Share(int(number), int(of))
+
+
+def _ray_engine(args: Args) -> RayEngine:
+    from clipmill.pipeline.pack.engine_ray import RayEngine
+
+    return RayEngine(
+        workers=args.workers,
+        timeout_s=args.timeout_s,
+        memory_gb=args.memory_gb,
+        address=args.address,
+        folders=(args.source, args.out),
+    )
 
 
 def _estimate(args: Args, corpus: Corpus, settings: PackSettings) -> int:

@@ -19,7 +19,8 @@ from clipmill.pipeline.draws import fold
 from clipmill.pipeline.pack.engine import Engine, Failure
 from clipmill.pipeline.pack.engine_local import LocalEngine, cores
 from clipmill.pipeline.pack.outcome import Result
-from clipmill.pipeline.pack.run import pack, size_of
+from clipmill.pipeline.pack.plan import size_of
+from clipmill.pipeline.pack.run import pack
 from clipmill.pipeline.pack.settings import PackSettings
 from clipmill.pipeline.pack.write import MANIFEST_FILE
 from clipmill.pipeline.record import ShardIndex

@@ -46,7 +46,12 @@ def keep(media: Media, normaliser: Normaliser, frames: Iterator[VideoFrame], win
     if notes.cadence.repeated or notes.cadence.dropped or notes.disordered or notes.skipped_head:
         raise _cannot("its frames do not come at a constant rate from a key frame on")
     codec, order = _remux(media, path)
-    table = read_table(path)
+    try:
+        table = read_table(path)
+    except (av.FFmpegError, Rejected) as error:
+        if isinstance(error, av.FFmpegError):
+            raise_if_memory(error)
+        raise _cannot("an mp4 of its packets cannot be read") from error
     if not len(table.sizes) == len(order) == len(expected):
         raise _cannot(f"its {len(order)} packets give {len(expected)} frames")
     picture = Picture(

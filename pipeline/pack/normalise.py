@@ -15,14 +15,13 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from clipmill.pipeline.pack.convert import Canvas, Converter, Look, deinterlacer
+from clipmill.pipeline.pack.decoding import Decoder
 from clipmill.pipeline.pack.outcome import Rejected
 from clipmill.pipeline.pack.probe import raise_if_memory
 from clipmill.pipeline.pack.scan import NO_TIME, Scan, Times, Walk
 from clipmill.pipeline.pack.settings import PackSettings
 from clipmill.pipeline.pack.timeline import Cadence
 
-# these mark damaged frames as such; others fill gaps with what is in their memory and say nothing, unless told to fail
-_SAY_ERRORS = ("h264",)
 _MAX_S = 48 * 3600  # longer than any real recording: a broken clock
 
 
@@ -74,10 +73,7 @@ class Pictures:
     def __init__(
         self, container: InputContainer, stream: VideoStream, scan: Scan, notes: Notes, from_s: Fraction | None = None
     ) -> None:
-        self._context = stream.codec_context
-        self._context.thread_count = 1  # several threads report errors late, and the workers use the cores
-        if self._context.name not in _SAY_ERRORS:
-            self._context.options = {"err_detect": "explode"}
+        self._decoder = Decoder(stream.codec_context)
         self._walk = Walk(container, [stream])
         self._times = scan.times
         self._early_last = scan.early_last and scan.times is not Times.STAMPS
@@ -101,14 +97,21 @@ class Pictures:
                 self._begin = packet.dts or 0
             damaged = packet.is_corrupt
             try:
-                yield from self._arrange(self._context.decode(packet))
+                frames, unmarked = self._decoder.decode(packet)
+                if unmarked:
+                    damaged |= self._spoilt is None  # otherwise it may be what came of the damage before
+                    time = self._times.of(packet)
+                    self._spoil(self._next_time if time is None else time)
+                yield from self._arrange(frames)
             except av.FFmpegError as error:
                 raise_if_memory(error)
                 damaged = True
             if damaged:
                 yield self._damage(self._times.of(packet))
         try:
-            held = self._context.decode(None)
+            held, unmarked = self._decoder.decode(None)
+            if unmarked:
+                self._spoil(self._next_time)
             yield from self._arrange([] if self._early_last else held)
         except av.FFmpegError as error:
             raise_if_memory(error)
@@ -118,13 +121,13 @@ class Pictures:
         for frame in frames:
             time = self._times.of(frame)
             if time is None:
-                time = self._begin if self._last == NO_TIME else self._last + self._usual
+                time = self._next_time
             elif self._times is Times.ORDER:  # the first frame out belongs to the first packet in
                 self._delay = time - self._begin if self._delay is None else self._delay
                 time -= self._delay
             if frame.is_corrupt:
                 self._notes.errors += 1
-                self._spoilt = time if self._spoilt is None else max(time, self._spoilt)
+                self._spoil(time)
             elif self._spoilt is not None and frame.key_frame and time > self._spoilt:
                 self._spoilt = None
             if time <= self._last:  # two frames at one time: the first one is shown
@@ -136,10 +139,16 @@ class Pictures:
 
     def _damage(self, time: int | None) -> Shown:
         self._notes.errors += 1
-        next_time = self._begin if self._last == NO_TIME else self._last + self._usual
-        time = next_time if time is None else max(time, next_time)
-        self._spoilt = time if self._spoilt is None else max(time, self._spoilt)
+        time = self._next_time if time is None else max(time, self._next_time)
+        self._spoil(time)
         return Shown(time * self._tick, None, damaged=True)
+
+    @property
+    def _next_time(self) -> int:
+        return self._begin if self._last == NO_TIME else self._last + self._usual
+
+    def _spoil(self, time: int) -> None:
+        self._spoilt = time if self._spoilt is None else max(time, self._spoilt)
 
 
 def _first_packet(scan: Scan, from_ticks: Fraction | None) -> int:

@@ -102,6 +102,8 @@ class Media:
     @contextmanager
     def container(self) -> Iterator[InputContainer]:
         """The file as FFmpeg sees it, from its beginning."""
+        if self.head()[4:8] in _BOXES:
+            self._check_index()
         self.seek(0)
         try:
             container = av.open(
@@ -117,6 +119,24 @@ class Media:
             if container.format.name == "avi":
                 container.flags &= ~Flags.gen_pts.value
             yield container
+
+    def _check_index(self) -> None:
+        """Raise `Rejected` if an mp4 ends within its index: what is left of its tables may be wrong as well.
+
+        Boxes (ISO/IEC 14496-12, 4.2) up to the index: length in 4 bytes, name, and for 1 the length in 8 bytes.
+        """
+        place = 0
+        while place < self.size:
+            self.seek(place)
+            head = self.read(16)
+            length, name = int.from_bytes(head[:4], "big"), head[4:8]
+            length = int.from_bytes(head[8:16], "big") if length == 1 else length or self.size - place
+            if name == b"moov" and place + length > self.size:
+                missing = place + length - self.size
+                raise Rejected("unreadable", f"a media file that is cut off: {missing} bytes of its index are missing")
+            if name == b"moov" or len(head) < 8 or length < 8:
+                return
+            place += length
 
     def _unreadable(self, error: av.FFmpegError) -> Rejected:
         raise_if_memory(error)

@@ -225,17 +225,19 @@ class Scanner:
 def _settled(times: np.ndarray, last_decode_time: int, usual: int, suspected: bool) -> int:
     """How many of the first of the (N,) times have none missing between them.
 
-    Frames are stored in another order than they are shown. So a file that is cut off lacks not only the last frames
-    but also some between those that are there, and in their place an earlier frame would be shown. What would have
-    come is decoded, and so shown, after the last decode time. Frames beyond that count only as long as one follows the
-    other at the usual distance: that of the frames before, or ``usual``. Without a suspicion that the file is cut off
-    this is done to evenly spaced frames only, because others may have a pause there.
+    Frames are stored in another order than they are shown. So a file that is cut off lacks not only the last frames but
+    also some between those that are there, and in their place an earlier frame would be shown. What would have come is
+    decoded, and so shown, after the last decode time. Frames beyond that count only as long as one follows the other at
+    the usual distance: that of the frames before, or ``usual`` if there is one frame only. Without a suspicion that the
+    file is cut off this is done to evenly spaced frames only, because others may have a pause there.
     """
     whole = max(int(np.searchsorted(times, last_decode_time, "right")), 1)
     steps = np.diff(times[:whole])
-    if not suspected and (len(steps) < 2 or np.ptp(steps) > max(2, 0.1 * steps.max())):
+    if not len(steps):
+        steps = np.array([usual])
+    if not suspected and np.ptp(steps) > max(2, 0.1 * steps.max()):
         return len(times)
-    step = float(np.median(steps)) if len(steps) > 1 else usual
+    step = float(np.median(steps))
     while whole < len(times) and times[whole] - times[whole - 1] <= 1.5 * step:
         whole += 1
     return whole

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import av
@@ -35,7 +36,10 @@ class DiskError(OSError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One source to pack. number: its place in the corpus. stem: path without suffix for the payload files."""
+    """One source to pack. number: its place in the corpus. stem: how the paths of its payload files begin.
+
+    Every attempt writes files of its own: one that was given up with its machine may still be writing.
+    """
 
     number: int
     path: str
@@ -47,6 +51,10 @@ class Task:
 
 def pack_source(task: Task) -> Result:
     """Pack one source. Raises only DiskError and MemoryError; all else is in the result."""
+    folder = Path(task.stem).parent
+    if not folder.is_dir():  # on a machine that does not share the output folder, or no longer
+        raise DiskError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+    task = replace(task, stem=f"{task.stem}{token_hex(4)}")
     try:
         with Media(task.path) as media:
             result = _pack(task, media)
@@ -55,24 +63,30 @@ def pack_source(task: Task) -> Result:
     except Rejected as fault:
         return _rejected(task, fault.reason, fault.detail)
     except MemoryError:
-        remove_payload(task)
+        _remove_payload(task)
         raise
     except OSError as error:
         if error.errno in _DISK:
-            remove_payload(task)
-            raise DiskError(error.errno, os.strerror(error.errno or 0), str(Path(task.stem).parent)) from error
+            _remove_payload(task)
+            raise DiskError(error.errno, os.strerror(error.errno or 0), str(folder)) from error
         return _rejected(task, "failed", f"{type(error).__name__}: {error}")
     except Exception as error:
         return _rejected(task, "failed", f"{type(error).__name__}: {error}")
 
 
 def _rejected(task: Task, reason: str, detail: str) -> Result:
-    remove_payload(task)
+    _remove_payload(task)
     return Result(number=task.number, status="rejected", reason=reason, detail=detail)
 
 
-def remove_payload(task: Task) -> None:
-    """Delete what a task may have written."""
+def remove_payloads(task: Task) -> None:
+    """Delete what the attempts at a task may have written."""
+    stem = Path(task.stem)
+    for path in stem.parent.glob(f"{stem.name}*"):
+        path.unlink(missing_ok=True)
+
+
+def _remove_payload(task: Task) -> None:
     for suffix in (".mp4", ".yuv", ".jpg", ".wav"):
         Path(task.stem + suffix).unlink(missing_ok=True)
 

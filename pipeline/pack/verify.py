@@ -21,10 +21,15 @@ _LOWEST_DB = 12.0  # no encoder does worse on any frame; a wrong frame does
 
 def planes(frame: VideoFrame) -> list[np.ndarray]:
     """Y, U and V of an 8-bit 4:2:0 frame without copying."""
+    return [rows[:, : plane.width] for rows, plane in zip(plane_rows(frame), frame.planes, strict=True)]
+
+
+def plane_rows(frame: VideoFrame) -> list[np.ndarray]:
+    """(H, line size) bytes of each plane of any frame, without copying."""
     result = []
     for plane in frame.planes:
-        rows = np.frombuffer(cast(Any, plane), np.uint8).reshape(-1, plane.line_size)
-        result.append(rows[: plane.height, : plane.width])
+        rows = np.frombuffer(cast(Any, plane), np.uint8).reshape(-1, abs(plane.line_size))
+        result.append(rows[: plane.height][:: 1 if plane.line_size > 0 else -1])  # it may lie upside down in memory
     return result
 
 
@@ -119,6 +124,8 @@ def read_table(path: str) -> PacketTable:
         stream = container.streams.video[0]
         packets = [(p.pos or 0, p.size, zlib.crc32(p), p.is_keyframe) for p in container.demux(stream) if p.size]
         extradata = bytes(stream.codec_context.extradata or b"")
+    if not packets:
+        raise Rejected("verify", "no packets come back")
     positions, sizes, crcs, keys = (np.array(column, np.int64) for column in zip(*packets, strict=True))
     if (positions[:-1] + sizes[:-1] != positions[1:]).any():
         raise Rejected("verify", "the packets do not lie one after the other")

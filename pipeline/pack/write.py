@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -327,13 +326,3 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def clean(out: Path) -> None:
-    """Remove what an interrupted run left over, but nothing that is finished."""
-    work = out / WORK_FOLDER
-    for path in [*out.glob("*.partial"), *work.glob("*.partial"), *work.glob("done/*.partial"), *work.glob("run-*")]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)

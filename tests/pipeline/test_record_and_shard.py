@@ -113,6 +113,8 @@ def test_truncated_and_missing_shards(dataset, tmp_path):
     (tmp_path / "shard-00000.tar").write_bytes(data[: record.packet_offset + 5])
     with pytest.raises(ShardError, match="truncated"):
         ShardReader().packets(index[5], 0, 1)
+    with pytest.raises(ShardError, match="truncated"):
+        ShardReader().read(index[5].shard, 2**63, 16)
 
 
 def test_writer_is_deterministic_atomic_and_readable_by_tarfile(tmp_path):

@@ -1,5 +1,8 @@
 """The fuzzer: the same mutants for the same seed, findings where there are some, and none in what is here."""
 
+from fractions import Fraction
+
+import av
 import numpy as np
 import pytest
 
@@ -58,6 +61,56 @@ def test_a_wrong_frame_is_found(seeds, tmp_path, monkeypatch):
     )
     verdict = judge_media(Mutant(seeds=str(folder), scratch=str(tmp_path), seed=0, number=0))
     assert "for no good reason" in verdict.finding
+
+
+def _film(path, size=(64, 48), empty=(), form=None):
+    """Seven frames of FFV1, each decodable by itself, of which the packets ``empty`` hold nothing."""
+    with av.open(str(path), "w", format=form) as container:
+        stream = container.add_stream("ffv1", rate=25, options={"g": "1", "level": "3"})
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        stream.codec_context.color_range, stream.codec_context.colorspace = 1, 1
+        packets = []
+        for number in range(7):
+            frame = av.VideoFrame(*size, "yuv420p")
+            for plane, level in zip(frame.planes, (24 + 8 * number, 128, 128), strict=True):
+                plane.update(bytes([level]) * plane.buffer_size)
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            packets += stream.encode(frame)
+        for number, packet in enumerate([*packets, *stream.encode(None)]):
+            if number in empty:
+                pts, packet = packet.pts, av.Packet(b"")
+                packet.pts = packet.dts = pts
+                packet.time_base, packet.duration, packet.stream = Fraction(1, 25), 1, stream
+            container.mux(packet)
+    return path
+
+
+def _judged(path, folder):
+    task = fuzzer.Task(number=0, path=str(path), stem=str(folder / "out"), settings=fuzzer.PackSettings(profile="raw"))
+    result = pack_source(task)
+    assert result.status == "ok", (result.reason, result.detail)
+    return result, fuzzer._compare_media(result, path, prefix=False)
+
+
+def test_plain_decode_takes_a_file_for_what_it_holds(tmp_path):
+    """And not for what its name says, which the packer does not see."""
+    path = _film(tmp_path / "a.nut")
+    assert _judged(path.rename(tmp_path / "a.webp"), tmp_path)[1] == (7, 0, "")
+
+
+def test_plain_decode_cuts_off_odd_rows_and_columns(tmp_path):
+    result, judged = _judged(_film(tmp_path / "a.mkv", size=(65, 49)), tmp_path)
+    assert (result.picture.width, result.picture.height) == (64, 48)
+    assert judged == (7, 0, "")
+
+
+def test_plain_decode_goes_on_after_an_empty_packet(tmp_path):
+    path = _film(tmp_path / "a.nut", empty=(3,))
+    with av.open(str(path)) as container:
+        assert [packet.size == 0 for packet in container.demux(video=0)].index(True) == 3
+    result, judged = _judged(path, tmp_path)
+    assert result.picture.num_frames == 7
+    assert judged[::2] == (7, "")
 
 
 @pytest.mark.slow

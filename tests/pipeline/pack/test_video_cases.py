@@ -212,13 +212,14 @@ def test_cover_art_is_not_video(kit):
 @pytest.mark.parametrize(
     ("turn", "flips"), [(t, f) for t in (0, 90, 180, 270) for f in ((), (True, False), (False, True))]
 )
-def test_the_display_matrix_is_applied_once(kit, turn, flips):
+@pytest.mark.parametrize("colour", [None, (1, 1)])  # with the matrix of the result nothing else is done to a frame
+def test_the_display_matrix_is_applied_once(kit, turn, flips, colour):
     def draw(number):
         luma = kit.grey(number, (96, 64)).to_ndarray()
         luma[:32, :48], luma[:32, 48:64] = 235, 180  # a corner that tells all eight orientations apart
         return av.VideoFrame.from_ndarray(luma, "yuv420p")
 
-    result = kit.pack(kit.film("t.mp4", frames=3, draw=draw, turn=(turn, *flips)))
+    result = kit.pack(kit.film("t.mp4", frames=3, draw=draw, turn=(turn, *flips), colour=colour))
     expected = np.rot90(draw(0).to_ndarray()[:64].astype(int), turn // 90)
     if flips:
         expected = expected[:, ::-1] if flips[0] else expected[::-1]

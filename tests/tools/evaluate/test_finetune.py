@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -150,9 +151,9 @@ def test_frames_of_equal_parts(bright: ShardIndex, colour: Any, config: Config, 
     record = bright[0]
     bounds = [part * record.num_frames // 3 for part in range(4)]
     frames = planner(record, Draws(1), 1).spans[0].frames
-    assert all(low <= frame < high for frame, low, high in zip(frames, bounds[:-1], bounds[1:], strict=True))
+    assert all(low <= frame < high for frame, (low, high) in zip(frames, pairwise(bounds), strict=True))
     plan = eval_views(colour.spec, replace(config.views, clips=1, frames=3, spacing="segments"))
-    middle = [low + (high - low) // 2 for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+    middle = [low + (high - low) // 2 for low, high in pairwise(bounds)]
     assert list(plan.planner(record, Draws(1), 1).spans[0].frames) == middle
     with pytest.raises(ValueError, match="spacing = segments makes one clip of each record, got clips = 2"):
         eval_views(colour.spec, replace(config.views, spacing="segments"))
