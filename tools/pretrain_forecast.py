@@ -7,7 +7,7 @@ import os
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _TRIED_ON_CPU = 64 << 20  # bytes of input per step; more would take long and much memory
 _RECORDS = 256  # at least, so that methods which look at the whole corpus have something to look at
 _BATCHES = 3
+_MEASURED_S = 0.5  # of decoding, at least, as far as there is enough
+_REPEAT = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,14 +135,15 @@ def _decoding(
     from clipmill.pipeline.loader import Loader
 
     alone = replace(loader, threads=1, processes=0, cache_gb=0.0)
-    with Loader(index, method.plan(), batch_size=min(part, len(index)), seed=train.seed, config=alone) as source:
-        spent_s, clips, sizes = [], [], []
+    options: dict[str, Any] = {"seed": train.seed, "repeat": _REPEAT, "drop_last": False}
+    spent_s, clips, sizes = [], [], []
+    with Loader(index, method.plan(), batch_size=min(part, len(index)), config=alone, **options) as source:
         for _, _, payload_bytes in source.slots():
             stages = source.stages
             spent_s.append(stages.plan_s + stages.read_s + stages.decode_s + stages.copy_s)
             clips.append(stages.clips)
             sizes.append(payload_bytes)
-            if len(sizes) > _BATCHES:
+            if len(sizes) > _BATCHES and spent_s[-1] - spent_s[0] > _MEASURED_S:
                 break
     if len(sizes) > 1:  # the first batch opened files and decoders
         return (spent_s[-1] - spent_s[0]) / (clips[-1] - clips[0]), float(np.mean(sizes))

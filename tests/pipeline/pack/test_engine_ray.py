@@ -37,8 +37,10 @@ class Nodes:
     """A cluster on this machine: a head and, as often as wanted, one more node, of one processor each."""
 
     def __init__(self):
+        from ray._private.utils import get_ray_address_file
         from ray.cluster_utils import Cluster
 
+        Path(get_ray_address_file(None)).parent.mkdir(parents=True, exist_ok=True)  # Ray itself forgets to
         self.folder = tempfile.mkdtemp(prefix="clipmill-ray-")  # short: sockets lie below it
         self.cluster = Cluster()
         self.add()
