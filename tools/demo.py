@@ -83,8 +83,8 @@ def _kind(method: str) -> str:
 
 def _amount(kind: str, short: bool) -> list[str]:
     if kind == "images":
-        return ["--images", "100" if short else "600"]
-    few = ["--clips", "48", "--seconds", "1.5", "--size", "64"] if short else ["--clips", "320"]
+        return ["--images", "100" if short else "1500"]
+    few = ["--clips", "48", "--seconds", "1.5", "--size", "64"] if short else ["--clips", "480"]
     return [*few, "--looks", "2"]  # so that textures do not tell clips apart, and motion has to
 
 

@@ -251,7 +251,6 @@ def tiny() -> Recipe:
         hidden_dim=128,
         queue_size=128,
         key_momentum=0.98,
-        groups=4,
     )
-    train = {"epochs": 40, "batch_size": 32, "optimiser": "adamw", "lr": 2e-3, "warmup_epochs": 1}
+    train = {"epochs": 40, "batch_size": 32, "optimiser": "adamw", "lr": 1e-3, "warmup_epochs": 1}
     return Recipe(about="a small corpus on a CPU: ResNet-18 x 0.25, 64 pixels", method=config, train=train)

@@ -101,12 +101,11 @@ def tiny() -> Recipe:
         queue_size=128,
         key_momentum=0.98,
         temperature=0.2,
-        groups=4,
         negatives="mochi",
         hardest=16,
         mixes=16,
         query_mixes=4,
         plain_epochs=5,
     )
-    train = {"epochs": 40, "batch_size": 32, "optimiser": "adamw", "lr": 2e-3, "warmup_epochs": 1}
+    train = {"epochs": 40, "batch_size": 32, "optimiser": "adamw", "lr": 1e-3, "warmup_epochs": 1}
     return Recipe(about="a small corpus on a CPU: ResNet-18 x 0.25, 64 pixels", method=config, train=train)

@@ -290,5 +290,5 @@ def tiny() -> Recipe:
             key_momentum=0.9,
             temperature=0.1,
         ),
-        train={"epochs": 40, "batch_size": 32, "optimiser": "adamw", "lr": 2e-3, "warmup_epochs": 1},
+        train={"epochs": 30, "batch_size": 32, "optimiser": "adamw", "lr": 2e-3, "warmup_epochs": 1},
     )

@@ -208,10 +208,10 @@ def tiny() -> Recipe:
     """A quarter-width ResNet-18 on 64-pixel frames of a small corpus, about a minute on two CPU cores."""
     config = Config(encoder=EncoderConfig(name="resnet18", width=0.25), size=64, strength=0.5, temperature=0.2)
     train = {
-        "epochs": 20,
+        "epochs": 30,
         "batch_size": 64,
         "optimiser": "adamw",
-        "lr": 1e-3,
+        "lr": 2e-3,
         "weight_decay": 1e-4,
         "warmup_epochs": 1,
         "sync_bn": True,
