@@ -98,7 +98,8 @@ def _method(method: str, kind: str, args: Args) -> list[_Row]:
         few = ["--epochs", "2", "--warmup-epochs", "0", "--batch-size", "16"] if args.short else []
         if seed:
             few += ["--seed", str(seed)]
-        spent.append(_run("pretrain", method, "tiny", "--data", shards, "--out", run, *few, "--resume"))
+        _run("pretrain", method, "tiny", "--data", shards, "--out", run, *few, "--resume")
+        spent.append(_trained_s(run))
         untrained, scores = f"random:{run}", run / "evaluate"
         _run("evaluate", "linear", untrained, shards, *look, "--out", scores / "linear_random")
         _run("evaluate", "linear", run, shards, *look)
@@ -131,6 +132,13 @@ def _run(*words: str | Path) -> float:
     if code:
         raise SystemExit(code)
     return time.monotonic() - begin_s
+
+
+def _trained_s(run: Path) -> float:
+    """Seconds of training, those before an interruption too."""
+    from clipmill.pipeline.log import read_log
+
+    return sum(row[name] for row in read_log(run) for name in ("wait_s", "augment_s", "step_s"))
 
 
 def _top1(folder: Path) -> float:
