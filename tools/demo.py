@@ -100,7 +100,7 @@ def _method(method: str, kind: str, args: Args) -> list[_Row]:
             few += ["--seed", str(seed)]
         _run("pretrain", method, "tiny", "--data", shards, "--out", run, *few, "--resume")
         spent.append(_trained_s(run))
-        untrained, scores = f"random:{run}", run / "evaluate"
+        untrained, scores = f"random:{run}" + (f":seed={seed}" if seed else ""), run / "evaluate"
         _run("evaluate", "linear", untrained, shards, *look, "--out", scores / "linear_random")
         _run("evaluate", "linear", run, shards, *look)
         before.append(_top1(scores / "linear_random"))
