@@ -55,4 +55,4 @@ def test_a_real_run_goes_as_fast_as_forecast(dataset: ShardIndex, step_ms: float
         warm = len(times_s) // 4
         real = (len(times_s) - 1 - warm) * BATCH / (times_s[-1] - times_s[warm])
         ratios.append(real / forecast.clips_per_s)
-    assert 0.6 < sorted(ratios)[len(ratios) // 2] < 1.6, ratios
+    assert 0.5 < sorted(ratios)[len(ratios) // 2] < 2, ratios
