@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
+from typing import Required, TypedDict
 
 import numpy as np
 
@@ -62,6 +63,16 @@ class Filled:
 
     stages: Stages = field(default_factory=Stages)
     damaged: dict[int, str] = field(default_factory=dict)
+
+
+class EngineOptions(TypedDict, total=False):
+    """Keyword arguments of `Engine`, for those who pass them on."""
+
+    threads: Required[int]
+    decoder: str
+    cache: FrameCache | None
+    shard_cache_gb: float
+    allowed_damage: int
 
 
 class Engine:
@@ -179,9 +190,8 @@ class Engine:
         if self._remote is not None:
             stages.requests, stages.network_bytes = self._remote.take_traffic()
         if task.done(stages, damaged):
-            if (
-                task.retry and len(task.filled.damaged) <= self._allowed_damage
-            ):  # some records failed: take their successors and make the batch again
+            again = task.retry and len(task.filled.damaged) <= self._allowed_damage
+            if again:  # some records failed: take their successors and make the batch again
                 task.retry = False
                 self._start(task)
             else:

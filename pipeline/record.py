@@ -231,7 +231,7 @@ class ShardIndex:
 
         For a URL also what `clipmill.pipeline.remote.data_folder` raises.
         """
-        if "://" not in str(root):
+        if not is_url(root):
             return ShardIndex(Path(root))
         from clipmill.pipeline.remote import data_folder
 
@@ -314,6 +314,15 @@ class ShardIndex:
         if not mask.any():
             raise ValueError(f"{self.root}: no split {name!r}; it has {sorted(set(names.tolist()))}")
         return self.select(mask)
+
+
+def is_url(text: str | Path) -> bool:
+    """Whether a data set is named by a URL rather than by a folder.
+
+    >>> is_url("s3://bucket/set"), is_url("/data/set")
+    (True, False)
+    """
+    return "://" in str(text)
 
 
 def url_of(root: Path) -> str:

@@ -28,10 +28,10 @@ import numpy as np
 
 from clipmill.pipeline.decode.decoder import DecodeError
 from clipmill.pipeline.decode.runs import reads, runs
-from clipmill.pipeline.record import AUDIO_BLOCK, INDEX_FILE, REMOTE_FILE, ShardIndex, VideoRecord, url_of
+from clipmill.pipeline.record import AUDIO_BLOCK, INDEX_FILE, REMOTE_FILE, ShardIndex, VideoRecord, is_url, url_of
 from clipmill.pipeline.shard import Reader, ShardError, ShardReader, file_digest, sound_blocks
 from clipmill.pipeline.shard_cache import Extent, ShardCache
-from clipmill.pipeline.storage import CONNECTIONS, Storage, StorageError, is_url
+from clipmill.pipeline.storage import CONNECTIONS, Storage, StorageError
 
 DATASET_FILE = "dataset.json"
 _WASTE = 1 / 12  # a clip in more than one range costs requests, one range costs the packets that nobody decodes

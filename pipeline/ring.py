@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from clipmill.pipeline.cache import FrameCache
-from clipmill.pipeline.fill import Engine, Filled
+from clipmill.pipeline.fill import Engine, EngineOptions, Filled
 from clipmill.pipeline.memory import SharedBuffer
 from clipmill.pipeline.order import Order
 from clipmill.pipeline.record import ShardIndex
@@ -52,6 +52,16 @@ class LoaderConfig:
         return replace(self, threads=threads, processes=processes, ahead=max(self.ahead, processes))
 
 
+def _engine_options(index: ShardIndex, config: LoaderConfig, cache: FrameCache | None) -> EngineOptions:
+    return {
+        "threads": config.threads,
+        "decoder": config.decoder,
+        "cache": cache,
+        "shard_cache_gb": config.shard_cache_gb,
+        "allowed_damage": config.allowed_damage(len(index)),
+    }
+
+
 class ThreadRing:
     """Decode threads in this process; slots are ordinary memory that grows when a batch needs more."""
 
@@ -67,17 +77,7 @@ class ThreadRing:
     ) -> None:
         self._transfer = transfer
         self._shape = shape
-        self._engine = Engine(
-            index,
-            planner,
-            order,
-            shape,
-            threads=config.threads,
-            decoder=config.decoder,
-            cache=cache,
-            shard_cache_gb=config.shard_cache_gb,
-            allowed_damage=config.allowed_damage(len(index)),
-        )
+        self._engine = Engine(index, planner, order, shape, **_engine_options(index, config, cache))
         self._buffers: dict[int, np.ndarray] = {}
 
     def submit(self, job: Job, number: int) -> Future[tuple[Filled, Slot]]:
@@ -127,20 +127,8 @@ class ProcessRing:
     ) -> None:
         self._transfer = transfer
         self._shape = shape
-        self._workers = [
-            WorkerProcess(
-                index,
-                planner,
-                order,
-                shape,
-                threads=config.threads,
-                decoder=config.decoder,
-                cache=cache,
-                shard_cache_gb=config.shard_cache_gb,
-                allowed_damage=config.allowed_damage(len(index)),
-            )
-            for _ in range(config.processes)
-        ]
+        options = _engine_options(index, config, cache)
+        self._workers = [WorkerProcess(index, planner, order, shape, **options) for _ in range(config.processes)]
         self._buffers = [SharedBuffer() for _ in range(config.ahead + 1)]
 
     def submit(self, job: Job, number: int) -> Future[tuple[Filled, Slot]]:

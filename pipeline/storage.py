@@ -33,15 +33,6 @@ class StorageError(OSError):
     """Object storage that cannot be reached, refuses, or fails again and again. Not the fault of any record."""
 
 
-def is_url(text: str | Path) -> bool:
-    """Whether a data set is named by a URL rather than by a folder.
-
-    >>> is_url("s3://bucket/set"), is_url("/data/set")
-    (True, False)
-    """
-    return "://" in str(text)
-
-
 class Storage:
     """The objects below ``url``, for all threads of this process.
 

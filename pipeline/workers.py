@@ -19,9 +19,9 @@ from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from typing import Unpack
 
-from clipmill.pipeline.cache import FrameCache
-from clipmill.pipeline.fill import Engine, Filled
+from clipmill.pipeline.fill import Engine, EngineOptions, Filled
 from clipmill.pipeline.memory import SharedBuffer
 from clipmill.pipeline.order import Order
 from clipmill.pipeline.record import ShardIndex
@@ -62,18 +62,13 @@ class WorkerProcess:
         planner: Planner,
         order: Order,
         shape: Shape,
-        *,
-        threads: int,
-        decoder: str,
-        cache: FrameCache | None = None,
-        shard_cache_gb: float = 0.0,
-        allowed_damage: int = 1 << 62,
+        **options: Unpack[EngineOptions],
     ) -> None:
         self.deaths = 0
         self._unexplained = 0  # deaths in a row without an answer or a record to blame
         self._shape = shape
         self._order = order
-        self._arguments = (index, planner, shape, threads, decoder, cache, shard_cache_gb, allowed_damage)
+        self._arguments = (index, planner, shape, options)
         self._waiting: deque[_Request] = deque()  # in the order they were asked for
         self._sent = 0  # of them
         self._next = 0
@@ -222,25 +217,11 @@ def _serve(
     index: ShardIndex,
     planner: Planner,
     shape: Shape,
-    threads: int,
-    decoder: str,
-    cache: FrameCache | None,
-    shard_cache_gb: float,
-    allowed_damage: int,
+    options: EngineOptions,
 ) -> None:
     """The loop of a decode process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
-    engine = Engine(
-        index,
-        planner,
-        order,
-        shape,
-        threads=threads,
-        decoder=decoder,
-        cache=cache,
-        shard_cache_gb=shard_cache_gb,
-        allowed_damage=allowed_damage,
-    )
+    engine = Engine(index, planner, order, shape, **options)
     buffers: dict[str, SharedBuffer] = {}
     lock = threading.Lock()
 

@@ -14,7 +14,7 @@ def named(text: str) -> Path | str:
     >>> named("s3://bucket/set")
     's3://bucket/set'
     """
-    from clipmill.pipeline.storage import is_url  # late: help must not wait for it
+    from clipmill.pipeline.record import is_url  # late: help must not wait for it
 
     return text if is_url(text) else Path(text)
 

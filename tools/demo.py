@@ -96,9 +96,8 @@ def _method(method: str, kind: str, args: Args) -> list[_Row]:
     for seed in range(args.seeds):
         run = _folder(args.out, method, seed)
         few = ["--epochs", "2", "--warmup-epochs", "0", "--batch-size", "16"] if args.short else []
-        if seed:
-            few += ["--seed", str(seed)]
-        _run("pretrain", method, "tiny", "--data", shards, "--out", run, *few, "--resume")
+        seeded = ["--seed", str(seed)] if seed else []
+        _run("pretrain", method, "tiny", "--data", shards, "--out", run, *few, *seeded, "--resume")
         spent.append(_trained_s(run))
         untrained, scores = f"random:{run}" + (f":seed={seed}" if seed else ""), run / "evaluate"
         _run("evaluate", "linear", untrained, shards, *look, "--out", scores / "linear_random")
@@ -108,8 +107,7 @@ def _method(method: str, kind: str, args: Args) -> list[_Row]:
         if args.supervised:
             out = scores / "supervised"
             few = ["--epochs", "1" if args.short else "40", "--optimiser", "adamw", "--lr", "0.002"]
-            few += ["--seed", str(seed)] if seed else []
-            labelled.append(_run("evaluate", "finetune", untrained, shards, *look, *few, "--out", out))
+            labelled.append(_run("evaluate", "finetune", untrained, shards, *look, *few, *seeded, "--out", out))
             ceiling.append(_top1(out))
     rows = [
         _Row(encoder=f"random ({method}'s)", corpus=kind, top1=tuple(before)),
