@@ -4,6 +4,9 @@ One actor per processor holds a `LocalEngine` with one worker, so that media are
 there too, under the same limits and with the same outcome. Paths travel, payloads stay in files: sources and output
 must lie on a file system that all machines share. A task whose actor is lost, with its machine or alone, is given to
 another; only a loss again and again is held against the file.
+
+A message to an actor takes both sides a millisecond or two. So an actor is handed as many tasks at a time as it does
+in a second; those that it has not begun by then come back.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _LOSSES = 4  # of its actor, then a task is given up
+_TURN_S = 1.0  # an actor begins the tasks that it was handed for so long
+_MOST = 32  # tasks that it is handed
 _FALSE_STARTS = 3  # in a row, then the cluster is
 _LOOK_S = 5.0  # between two looks at the cluster
 _GRACE_S = 300.0  # beyond the limit of a task, until its machine is taken for lost
@@ -58,7 +63,7 @@ class RayEngine:
         if workers < 0:
             raise ValueError(f"workers = {workers}: give 0 (one per processor of the cluster) or more")
         self._local = LocalEngine(workers=1, timeout_s=timeout_s, memory_gb=memory_gb)
-        self._lost_s = timeout_s + _GRACE_S
+        self._lost_s = _TURN_S + timeout_s + _GRACE_S
         self._workers = workers
         self._address = address
         self._folders = [str(folder.resolve()) for folder in folders]
@@ -89,20 +94,17 @@ class RayEngine:
         try:
             while True:
                 while (idle := crew.idle()) and queue.has(1):
-                    crew.give(idle, queue.take())
+                    crew.give(idle, queue.take(idle.pace))
                 while crew.size < self._wanted() and queue.has(crew.starting + 1):
                     crew.start()
                 if not crew.busy and not queue.has(1):
                     return
-                for job, answer in crew.wait():
-                    if isinstance(answer, _Lost):
-                        if job.losses < _LOSSES:
-                            queue.give_back(job)
-                            continue
-                        answer = Failure(answer.reason, f"{answer.detail}, {job.losses} times on different workers")
+                ended, open_again = crew.wait()
+                queue.give_back(open_again)
+                for work, answer in ended:
                     if isinstance(answer, _Fault):
                         raise answer.error
-                    yield job.task, answer
+                    yield work.task, answer
         finally:
             crew.end()
 
@@ -136,14 +138,19 @@ class _Host:
         """The machine's name, its versions, and which folders it lacks."""
         return os.uname().nodename, _versions(), [folder for folder in self._folders if not os.path.isdir(folder)]
 
-    def run(self, task: Any) -> Any:
-        """The result of a task, the Failure it ended in, or a fault of ours."""
-        self._next.append(task)
-        try:
-            _, answer = next(self._answers)
-        except Exception as error:
-            return _Fault(error)
-        return answer
+    def run(self, tasks: Sequence[Any]) -> list[Any]:
+        """For each task that was begun in time: its result, the Failure it ended in, or a fault of ours."""
+        until_s = time.monotonic() + _TURN_S
+        answers: list[Any] = []
+        for task in tasks:
+            self._next.append(task)
+            try:
+                answers.append(next(self._answers)[1])
+            except Exception as error:
+                return [*answers, _Fault(error)]
+            if time.monotonic() >= until_s:
+                break
+        return answers
 
     def _tasks(self) -> Iterator[Any]:
         while True:  # the engine asks when its worker is free, which it is when there is a next task
@@ -194,21 +201,29 @@ class _Queue:
                 return False
         return True
 
-    def take(self) -> _Work:
-        return self._ahead.popleft()
+    def take(self, most: int) -> list[_Work]:
+        """The next tasks. One whose actor was lost before goes alone, so that none is blamed for another."""
+        taken: list[_Work] = []
+        while len(taken) < most and self.has(1) and not (taken and self._ahead[0].losses):
+            taken.append(self._ahead.popleft())
+            if taken[0].losses:
+                break
+        return taken
 
-    def give_back(self, work: _Work) -> None:
-        self._ahead.appendleft(work)
+    def give_back(self, works: Sequence[_Work]) -> None:
+        self._ahead.extendleft(reversed(works))
 
 
 @dataclass(eq=False, slots=True)
 class _Member:
-    """An actor as the driver sees it. answer: what it will say next. work: what it runs, None = it starts or waits."""
+    """An actor as the driver sees it. answer: what it will say next. works: what it was handed, none = it starts or
+    waits. pace: how many tasks to hand it."""
 
     actor: Any
     answer: Any
     ready: bool = False
-    work: _Work | None = None
+    works: Sequence[_Work] = ()
+    pace: int = 1
     deadline: float = 0.0
 
 
@@ -233,45 +248,55 @@ class _Crew:
 
     @property
     def busy(self) -> bool:
-        return any(member.work is not None for member in self._members)
+        return any(member.works for member in self._members)
 
     def idle(self) -> _Member | None:
         """A member that waits for work."""
-        return next((member for member in self._members if member.ready and member.work is None), None)
+        return next((member for member in self._members if member.ready and not member.works), None)
 
     def start(self) -> None:
         """Ask the cluster for one more; it comes when a processor is free."""
         actor = self._start()
         self._members.append(_Member(actor, actor.about.remote()))
 
-    def give(self, member: _Member, work: _Work) -> None:
-        """Start a task."""
-        member.work, member.answer = work, member.actor.run.remote(work.task)
+    def give(self, member: _Member, works: Sequence[_Work]) -> None:
+        """Hand an actor its next tasks."""
+        member.works, member.answer = works, member.actor.run.remote([work.task for work in works])
         member.deadline = time.monotonic() + self._lost_s
 
-    def wait(self) -> list[tuple[_Work, Any]]:
-        """Work that ended, or was lost, within the next seconds."""
-        waiting = {member.answer: member for member in self._members if member.work is not None or not member.ready}
+    def wait(self) -> tuple[list[tuple[_Work, Any]], list[_Work]]:
+        """Work that ended within the next seconds with its answers, and work that is to be given to another."""
+        waiting = {member.answer: member for member in self._members if member.works or not member.ready}
         said, _ = self._ray.wait(list(waiting), num_returns=1, timeout=_LOOK_S)
-        ended = []
+        ended: list[tuple[_Work, Any]] = []
+        again: list[_Work] = []
         now = time.monotonic()
         for answer, member in waiting.items():
-            if answer not in said and (member.work is None or now < member.deadline):
+            if answer not in said and (not member.works or now < member.deadline):
                 continue
             said_what = self._hear(answer) if answer in said else _Lost("timeout", "its machine does not answer")
-            if member.work is None:
+            if not member.works:
                 self._welcome(member, said_what)
                 continue
-            work, member.work = member.work, None
+            works, member.works = member.works, ()
             if isinstance(said_what, _Lost):
-                work.losses += 1
                 self._dismiss(member)
-            ended.append((work, said_what))
+                for work in works:
+                    work.losses += 1
+                    if work.losses < _LOSSES:
+                        again.append(work)
+                    else:
+                        detail = f"{said_what.detail}, {work.losses} times on different workers"
+                        ended.append((work, Failure(said_what.reason, detail)))
+                continue
+            ended += zip(works, said_what, strict=False)
+            again += works[len(said_what) :]
+            member.pace = min(2 * member.pace, _MOST) if len(said_what) == len(works) else len(said_what)
         if any(member.ready for member in self._members):
             self._alone_since = now
         elif now - self._alone_since > _PLACE_S:
             raise RayError(f"the Ray cluster has had no free processor for {_PLACE_S:g} s; see `ray status`")
-        return ended
+        return ended, again
 
     def end(self) -> None:
         """Kill all actors, and with them their workers."""

@@ -141,7 +141,8 @@ def test_workers_end_when_the_caller_stops_early(nodes):
         assert not Path(f"/proc/{pid}").exists()
 
 
-def test_no_more_tasks_are_drawn_than_workers_can_take(nodes):
+def test_no_more_tasks_are_drawn_than_workers_can_take(nodes, monkeypatch):
+    monkeypatch.setattr(engine_ray, "_MOST", 3)
     drawn = []
 
     def tasks():
@@ -151,8 +152,28 @@ def test_no_more_tasks_are_drawn_than_workers_can_take(nodes):
 
     with engine() as run:
         for done, _ in enumerate(run(abs, tasks()), 1):
-            assert len(drawn) <= done + 4  # two at work, and one for each that starts
+            assert len(drawn) <= done + 2 * 3 + 2  # three at each of two, and one for each that starts
     assert drawn == list(range(30))
+
+
+def test_tasks_that_an_actor_does_not_begin_in_time_come_back():
+    host = engine_ray._Host(LocalEngine(workers=1, **LIMITS), eval, [])
+    with closing(host._answers):
+        assert host.run([str(number) for number in range(5)]) == list(range(5))
+        assert host.run(["1", "__import__('time').sleep(1.1)", "2"]) == [1, None]
+        *answers, fault = host.run(["3", "nothing", "4"])
+        assert answers == [3]
+        assert isinstance(fault.error, NameError)
+
+
+def test_a_task_whose_actor_was_lost_is_handed_over_alone():
+    queue = engine_ray._Queue(range(8))
+    assert [work.task for work in queue.take(3)] == [0, 1, 2]
+    lost = queue.take(2)
+    for work in lost:
+        work.losses = 1
+    queue.give_back(lost)
+    assert [[work.task for work in queue.take(3)] for _ in range(4)] == [[3], [4], [5, 6, 7], []]
 
 
 # --- what only a cluster can do -----------------------------------------------------------------------------
@@ -170,11 +191,14 @@ def test_a_worker_lost_with_its_actor_is_a_retry_and_not_the_files_fault(nodes, 
 def test_a_file_that_takes_every_actor_with_it_is_given_up(nodes, monkeypatch):
     monkeypatch.setattr(engine_ray, "_LOSSES", 2)
     task = "__import__('os').kill(__import__('os').getppid(), 9)"
+    others = [str(number) for number in range(20)]  # some are handed over with it, and are not blamed
     with engine(workers=1) as run:
-        answers = dict(run(eval, [task, "7"]))
-    assert isinstance(answers[task], Failure)
-    assert (answers[task].reason, answers["7"]) == ("crash", 7)
-    assert "2 times" in answers[task].detail
+        answers = dict(run(eval, [*others[:9], task, *others[9:]]))
+    fault = answers.pop(task)
+    assert answers == {other: int(other) for other in others}
+    assert isinstance(fault, Failure)
+    assert fault.reason == "crash"
+    assert "2 times" in fault.detail
 
 
 def test_an_actor_that_says_nothing_is_taken_for_lost(nodes, monkeypatch, tmp_path):
