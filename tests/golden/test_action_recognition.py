@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from clipmill.tools import metrics
-from clipmill.tools.evaluate import views
+from clipmill.tools.evaluate import crops, views
 
 FAMILIES = ("views_accuracy", "retrieval")
-BOXES = {"three_crop": views.three_crop, "ten_crop": views.ten_crop, "center_crop": views.center_crop}
+BOXES = {"three_crop": crops.three_crop, "ten_crop": crops.ten_crop, "center_crop": crops.center_crop}
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,14 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 
 from clipmill.tools.data_set import DataSet
-from clipmill.tools.evaluate.evaluator import benchmark_module, benchmarks
+from clipmill.tools.evaluate.evaluator import Report, benchmark_module, benchmarks
 from clipmill.tools.progress import Progress
 
 C = TypeVar("C")
@@ -74,14 +75,19 @@ def main(args: Args[Any]) -> int:
     """Evaluate, store the report and print it."""
     from rich.console import Console
 
+    from clipmill.pipeline.pack.write import MANIFEST_FILE
     from clipmill.pipeline.remote import data_folder
     from clipmill.tools.evaluate.opening import open_encoder
+    from clipmill.tools.evaluate.over_splits import over_splits
 
     encoder = None if _rescored(args) is not None else open_encoder(args.encoder)
     out, config = _placed(args)
     with ExitStack() as stack:
-        evaluate = benchmark_module(args.benchmark).evaluate
-        data = data_folder(args.data, cache_dir=args.cache_dir)
+        evaluate: Callable[..., Report] = benchmark_module(args.benchmark).evaluate
+        official = getattr(getattr(config, "splits", None), "official", ())
+        data = data_folder(args.data, cache_dir=args.cache_dir, also=(MANIFEST_FILE,) if official else ())
+        if len(official) > 1:
+            evaluate = partial(over_splits, evaluate)
         report = evaluate(encoder, data, out, config, progress=_shower(stack, quiet=args.json))
     report = replace(report, settings={"encoder": args.encoder, "data": str(args.data), **report.settings})
     path = report.save(out)

@@ -16,7 +16,8 @@ from clipmill.models.encoder import Encoder
 from clipmill.tools.evaluate.evaluator import Progress, Report, silent
 from clipmill.tools.evaluate.features import Compute
 from clipmill.tools.evaluate.frozen import frozen_features
-from clipmill.tools.evaluate.opening import Splits, encoder_digest, open_encoder
+from clipmill.tools.evaluate.opening import encoder_digest, open_encoder
+from clipmill.tools.evaluate.splits import Splits
 from clipmill.tools.evaluate.views import Views
 from clipmill.tools.metrics import unit_rows
 

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 from clipmill.models.encoder import InputSpec
 from clipmill.pipeline.batch import ClipBatch
-from clipmill.pipeline.draws import Draws
 from clipmill.pipeline.loader import Loader
-from clipmill.pipeline.record import ShardIndex, VideoRecord
+from clipmill.pipeline.record import ShardIndex
 from clipmill.pipeline.spec import CenterCrop, VideoSpec
-from clipmill.pipeline.views import Drawn, Span, View, within
+from clipmill.pipeline.views import Placed, View
 from clipmill.tools.evaluate.evaluator import Progress, silent, write_atomic
 from clipmill.tools.evaluate.features import Compute, require_usable
 from clipmill.tools.evaluate.opening import encoder_digest
@@ -117,38 +116,16 @@ def sliding(spec: InputSpec, options: Dense, offset: int = 0) -> Sliding:
 # --- the stream ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Chunks:
-    """Consecutive chunks of videos, one per draw. A `Planner`.
-
-    first: (chunks,) frame at which the chunk of each draw begins, may lie before the video. Frames outside the video
-    are copies of its first or last one.
-    """
-
-    views: tuple[View, ...]
-    first: np.ndarray
-
-    def __call__(self, record: VideoRecord, rng: Draws, draw: int) -> Drawn:
-        """See `Planner`."""
-        view = self.views[0]
-        start = int(self.first[draw % len(self.first)])
-        frames = within(start + view.stride * np.arange(view.num_frames), record.num_frames, "repeat")
-        return Drawn((Span(view=view.name, frames=frames, start_s=float(frames[0] / record.fps)),))
-
-    def usable(self, index: ShardIndex) -> np.ndarray:
-        """Records with frames."""
-        return index.column("num_frames") > 0
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stream:
     """All videos of an index as chunks of one length: what `Loader` is given.
 
+    planner: frames outside a video are copies of its first or last one.
     picks: (chunks,) record number of each chunk. lead: frames by which streams begin before frame 0, whole groups of
     pictures, so that chunks begin where decoding can.
     """
 
-    planner: Chunks
+    planner: Placed
     picks: np.ndarray
     lead: int
 
@@ -167,7 +144,7 @@ class Stream:
         number = np.arange(chunks.sum()) - np.repeat(np.cumsum(chunks) - chunks, chunks)
         view = View(name="stream", num_frames=each, stride=geometry.pace, augment=geometry.spec)
         return Stream(
-            planner=Chunks(views=(view,), first=shift - lead + number * each * geometry.pace),
+            planner=Placed(views=(view,), first=shift - lead + number * each * geometry.pace, short="repeat"),
             picks=np.repeat(np.arange(len(index)), chunks),
             lead=lead,
         )
@@ -349,7 +326,7 @@ def _whole(path: Path) -> bool:
 
 
 def _require_long_enough(index: ShardIndex, geometry: Sliding) -> None:
-    require_usable(index, Chunks(views=(View(name="stream"),), first=np.zeros(1, np.int64)))
+    require_usable(index, Placed(views=(View(name="stream"),), first=np.zeros(1, np.int64)))
     short = next((record for record in index if geometry.count(record.num_frames) < 1), None)
     if short is not None:
         raise ValueError(

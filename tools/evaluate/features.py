@@ -102,6 +102,12 @@ class Features:
     def __len__(self) -> int:
         return len(self.uid)
 
+    def of(self, index: ShardIndex) -> Features:
+        """The rows of the records of ``index``, a part of the one that was read."""
+        order = np.argsort(self.uid, kind="stable")
+        rows = order[np.searchsorted(self.uid, index.column("uid").astype(np.uint64), sorter=order)]
+        return Features(feature=self.feature[rows], label=self.label[rows], uid=self.uid[rows])
+
     @property
     def mean(self) -> np.ndarray:
         """(N, D), averaged over views."""
@@ -156,11 +162,17 @@ def extract(
 ) -> Features:
     """Run ``model`` in eval mode over all records of ``index``.
 
-    keep_views: keep the answers of all views instead of their average. cache: folder in which finished parts are
+    keep_views: keep the answers of all views instead of their average; not with clips that overlap, of which records
+    have different numbers. cache: folder in which finished parts are
     kept every ``flush_s`` seconds and looked for first; None keeps nothing. Raises ValueError, naming the record, for
     one that the plan cannot serve, that is damaged, or whose features are not finite. The model is moved to the
     device of ``compute``; its training mode is restored.
     """
+    if keep_views and plan.overlap:
+        raise ValueError(
+            "spacing = overlap makes a different number of clips of each record, whose features can only be averaged; "
+            "choose --average features, leave --unit-clips out, or use another --spacing"
+        )
     require_usable(index, plan.planner)
     model.to(compute.torch_device)
     store = _Store(None, "") if cache is None else _Store(cache, cache_key(model, index, plan, compute, keep_views))
@@ -200,37 +212,56 @@ def require_usable(index: ShardIndex, planner: Planner) -> None:
 def _rows(
     model: nn.Module, index: ShardIndex, plan: EvalPlan, compute: Compute, keep_views: bool, start: int
 ) -> Iterator[np.ndarray]:
-    """(B, V or 1, D) blocks from record ``start`` on."""
+    """(B, V or 1, D) blocks of records, from record ``start`` on."""
+    planner, record = plan.visits(index)
+    visit = int(np.searchsorted(record, start))
     loader = Loader(
         index,
-        plan.planner,
+        planner,
         batch_size=records_at_once(plan, compute),
         shuffle=False,
         drop_last=False,
+        picks=record,
         device=compute.torch_device,
         config=compute.loader,
     )
+    pending = np.zeros(0)
     with loader:
-        for batch in loader.epoch(0, start):
-            numbers = batch.index.cpu().numpy()
-            require_order(loader, numbers, start)
+        for batch in loader.epoch(0, visit):
+            numbers = record[visit : visit + len(batch)]
+            require_order(loader, batch.index.cpu().numpy(), numbers)
             answers = forward_views(model, batch, plan, compute)
             if not keep_views:
                 answers = answers.mean(1, keepdim=True)
             rows = answers.cpu().numpy()
             bad = ~np.isfinite(rows).all((1, 2))
             if bad.any():
-                key = index[start + int(bad.argmax())].key
+                key = index[int(numbers[bad.argmax()])].key
                 raise ValueError(f"the encoder's features of record {key!r} are not finite; it may have diverged")
-            start += len(rows)
-            yield rows
+            visit += len(rows)
+            if plan.overlap:
+                rows = np.concatenate([pending, rows]) if len(pending) else rows
+                numbers = record[visit - len(rows) : visit]
+                whole = len(rows) if visit == len(record) else int(np.searchsorted(numbers, record[visit]))
+                pending, rows = rows[whole:], _averages(rows[:whole], numbers[:whole])
+            if len(rows):
+                yield rows
 
 
-def require_order(loader: Loader, numbers: np.ndarray, start: int) -> None:
+def _averages(rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """(records, 1, D), the averages of the rows (visits, 1, D) of each record."""
+    if not len(rows):
+        return rows
+    first = np.flatnonzero(np.diff(numbers, prepend=-1))
+    count = np.diff(np.append(first, len(rows)))
+    return (np.add.reduceat(rows, first) / count[:, None, None]).astype(rows.dtype)
+
+
+def require_order(loader: Loader, numbers: np.ndarray, wanted: np.ndarray) -> None:
     """Raise ValueError if the loader put another record in the place of a damaged one: a score would be wrong."""
-    wrong = np.flatnonzero(numbers != np.arange(start, start + len(numbers)))
+    wrong = np.flatnonzero(numbers != wanted)
     if len(wrong):
-        number = start + int(wrong[0])
+        number = int(wanted[wrong[0]])
         raise ValueError(
             f"{loader.index.root}: record {loader.index[number].key!r} is damaged "
             f"({loader.damaged.get(number, 'unreadable')}); run `clipmill verify` and pack it again"

@@ -4,13 +4,18 @@ On a pretrained encoder it measures how well its weights start off a supervised 
 ``random:`` encoder) the same training from random weights is the supervised ceiling of that backbone on that corpus.
 With ``--frozen`` only the classifier is trained, on augmented pictures: linear classification as the literature does it
 (the benchmark ``linear`` takes features that are extracted once). ``--labels 0.01`` trains on 1 % of the labels;
-``--protocol`` names published settings. The test split is scored once, after the last epoch.
+``--protocol`` names published settings. The test split is scored once, after the last epoch. The same command
+continues a run that was interrupted.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
+import shutil
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,22 +26,30 @@ from torch.nn import functional as F
 
 from clipmill.models.encoder import Encoder, backbone_options, build_encoder
 from clipmill.models.method import weights_and_rest
-from clipmill.pipeline.config import TrainConfig
+from clipmill.pipeline import checkpoint
+from clipmill.pipeline.checkpoint import TrainState
+from clipmill.pipeline.config import TrainConfig, to_json
+from clipmill.pipeline.draws import fold
 from clipmill.pipeline.loader import Loader
 from clipmill.pipeline.optim import build_optimizer, set_lr
+from clipmill.pipeline.order import Cursor
 from clipmill.pipeline.record import ShardIndex
 from clipmill.pipeline.spec import Cutout, Flip, Gray, Jitter, Op, RandomResizedCrop, VideoSpec
 from clipmill.pipeline.views import Clips, Planner, Segments, Sound, View
 from clipmill.tools.evaluate.classification import classification
-from clipmill.tools.evaluate.evaluator import Progress, Report, silent, write_csv
+from clipmill.tools.evaluate.evaluator import Progress, Report, silent, write_atomic, write_csv
 from clipmill.tools.evaluate.features import Compute, extract, require_usable
 from clipmill.tools.evaluate.frozen import digests, settings
-from clipmill.tools.evaluate.opening import Splits, class_names, split, stored_audio_view, untrained
+from clipmill.tools.evaluate.opening import stored_audio_view, untrained
 from clipmill.tools.evaluate.protocols import PROTOCOLS, Protocol, filled
+from clipmill.tools.evaluate.splits import Splits, class_names, split
 from clipmill.tools.evaluate.views import Views, clip_shape, eval_views, normalize, plain_audio_view, resampling
-from clipmill.tools.metrics import Average, average_views
+from clipmill.tools.metrics import Average
 
 TRAINING_FILE = "training.csv"
+UNFINISHED = "unfinished"  # folder with the state of the training, until there is a score
+_HISTORY = "history.json"
+_SAVE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,10 +196,13 @@ def evaluate(encoder: Encoder, root: Path, out: Path, config: Config, *, progres
     audio_view = stored_audio_view(encoder)
     frozen = config.frozen != "no"
     model = Classifier(start, len(classes), config.dropout, config.seed, frozen=frozen, zero=config.zero_head)
-    history = fit(model, train, config, train_planner(start, config, audio_view), progress)
+    unfinished = out / UNFINISHED / _key(config, source)
+    history = fit(model, train, config, train_planner(start, config, audio_view), progress, unfinished)
     plan = eval_views(start.spec, config.views, audio_view)
-    answers = extract(model, test, plan, config.compute, keep_views=True, what="test views", progress=progress)
-    outcome = classification(average_views(answers.feature, config.average), test, classes, out)
+    scores = nn.Sequential(model, nn.Softmax(-1)) if config.average == "prob" else model
+    answers = extract(scores, test, plan, config.compute, cache=unfinished, what="test views", progress=progress)
+    outcome = classification(answers.mean, test, classes, out)
+    shutil.rmtree(out / UNFINISHED, ignore_errors=True)
     write_csv(out / TRAINING_FILE, history)
     last = history[-1]
     return Report(
@@ -197,6 +213,14 @@ def evaluate(encoder: Encoder, root: Path, out: Path, config: Config, *, progres
         settings=settings(config, plan, train, test) | {"epoch_scored": "last"},
         digests=source,
     )
+
+
+def _key(config: Config, digests: dict[str, str]) -> str:
+    """A hex name of all that the outcome depends on."""
+    facts = to_json(config)
+    compute = facts.pop("compute")
+    facts |= {name: compute[name] for name in ("device", "precision", "decoder")}
+    return hashlib.blake2b(json.dumps([facts, digests], default=str).encode(), digest_size=8).hexdigest()
 
 
 def train_planner(encoder: Encoder, config: Config, audio_view: View | None = None) -> Planner:
@@ -243,11 +267,18 @@ def fix_statistics(encoder: nn.Module, mode: Literal["train", "partial", "frozen
 
 
 def fit(
-    model: Classifier, train: ShardIndex, config: Config, planner: Planner, progress: Progress = silent
+    model: Classifier,
+    train: ShardIndex,
+    config: Config,
+    planner: Planner,
+    progress: Progress = silent,
+    unfinished: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Train in place; returns one row per epoch: loss, accuracy on the training clips, last learning rate, and the
     number of damaged records so far, in whose place the loader put others.
 
+    unfinished: folder that keeps the state, after an epoch, at most every half minute; a training that it holds is
+    continued.
     The last incomplete batch of an epoch is left out where there are others: normalisation layers cannot do with one
     clip.
     """
@@ -275,12 +306,16 @@ def fit(
         device=device,
         config=config.compute.loader,
     )
-    history = []
+    history: list[dict[str, Any]] = []
     total = config.epochs * len(loader)
-    step = 0
+    if unfinished is not None and (found := checkpoint.complete(unfinished)):
+        state = checkpoint.restore(found[-1], model, optimizer)
+        scaler.load_state_dict(state.scaler)
+        history = json.loads((unfinished / _HISTORY).read_text("utf-8"))[: state.cursor.epoch]
+    step, saved_s = len(history) * len(loader), time.monotonic()
     with loader, torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(config.seed)  # of dropout
-        for epoch in range(config.epochs):
+        for epoch in range(len(history), config.epochs):
+            torch.manual_seed(fold(config.seed, epoch, "dropout") >> 1)
             loss_sum, right, seen, lr = 0.0, 0, 0, 0.0
             for batch in loader.epoch(epoch):
                 lr = set_lr(optimizer, options, step, len(loader))
@@ -305,4 +340,9 @@ def fit(
                 progress("fine-tuning", step, total, "steps")
             row = {"epoch": epoch, "loss": loss_sum / seen, "train_top1": right / seen, "lr": lr}
             history.append(row | {"damaged": len(loader.damaged)})
+            if unfinished is not None and time.monotonic() - saved_s >= _SAVE_S:
+                write_atomic(unfinished / _HISTORY, json.dumps(history).encode())
+                state = TrainState(step=step, cursor=Cursor(epoch=epoch + 1), scaler=scaler.state_dict())
+                checkpoint.save(unfinished, state, model, optimizer, keep=1)
+                saved_s = time.monotonic()
     return history

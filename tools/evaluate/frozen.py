@@ -11,7 +11,8 @@ from clipmill.pipeline.config import to_json
 from clipmill.pipeline.record import ShardIndex
 from clipmill.tools.evaluate.evaluator import Progress
 from clipmill.tools.evaluate.features import Compute, Features, extract
-from clipmill.tools.evaluate.opening import Splits, class_names, encoder_digest, split, stored_audio_view
+from clipmill.tools.evaluate.opening import encoder_digest, stored_audio_view
+from clipmill.tools.evaluate.splits import Splits, class_names, split
 from clipmill.tools.evaluate.views import EvalPlan, Views, eval_views
 
 
@@ -48,19 +49,17 @@ def frozen_features(
     train, test = split(root, config.splits)
     plan = eval_views(encoder.spec, config.views, stored_audio_view(encoder))
     cache = config.compute.cache or out / "features"
-    seen, unseen = (
-        extract(
-            encoder,
-            part,
-            plan,
-            config.compute,
-            keep_views=keep_views,
-            cache=cache,
-            what=f"features of {name}",
-            progress=progress,
+
+    def features(part: ShardIndex, what: str) -> Features:
+        return extract(
+            encoder, part, plan, config.compute, keep_views=keep_views, cache=cache, what=what, progress=progress
         )
-        for name, part in (("train", train), ("test", test))
-    )
+
+    if config.splits.official:  # all of them share the features
+        whole = features(ShardIndex.open(root), "features")
+        seen, unseen = whole.of(train), whole.of(test)
+    else:
+        seen, unseen = features(train, "features of train"), features(test, "features of test")
     return Frozen(
         train=train,
         test=test,
@@ -79,7 +78,7 @@ def settings(config: DataOptions, plan: EvalPlan, train: ShardIndex, test: Shard
     return {
         "config": options | {"precision": compute["precision"], "decoder": compute["decoder"]},
         "views": repr(plan.planner),
-        "views_per_record": plan.num_views,
+        "views_per_record": f"{plan.crops} per window" if plan.overlap else plan.num_views,
         "train_records": len(train),
         "test_records": len(test),
     }

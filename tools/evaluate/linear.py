@@ -21,7 +21,7 @@ from clipmill.tools.evaluate.classification import classification
 from clipmill.tools.evaluate.evaluator import Progress, Report, silent
 from clipmill.tools.evaluate.features import Compute, Features
 from clipmill.tools.evaluate.frozen import frozen_features
-from clipmill.tools.evaluate.opening import Splits, smallest_hashes
+from clipmill.tools.evaluate.splits import Splits, smallest_hashes
 from clipmill.tools.evaluate.views import Views
 from clipmill.tools.metrics import Average, average_views, standardiser, topk_accuracy, unit_rows
 

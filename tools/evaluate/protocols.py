@@ -3,8 +3,9 @@
 Sources: SimCLR, Chen et al., ICML 2020, and google-research/simclr; MoCo, He et al., CVPR 2020, and
 facebookresearch/moco (DenseCL's and MoCHi's linear probes follow it); HCL, Robinson et al., ICLR 2021, and
 joshr17/HCL. SeLaVi, Asano et al., NeurIPS 2020, and facebookresearch/selavi; CrissCross, Sarkar and Etemad, AAAI 2023,
-and pritamqu/CrissCross; VideoMoCo, Pan et al., CVPR 2021, and tinapan-pt/VideoMoCo; VCLR, Kuang et al., ICCV workshops
-2021, and amazon-research/video-contrastive-learning with mmaction.
+and pritamqu/CrissCross; CoCLR, Han et al., NeurIPS 2020, and TengdaHan/CoCLR; VideoMoCo, Pan et al., CVPR 2021, and
+tinapan-pt/VideoMoCo; VCLR, Kuang et al., ICCV workshops 2021, and amazon-research/video-contrastive-learning with
+mmaction.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ Protocol = Literal[
     "selavi",
     "crisscross_8f",
     "crisscross_32f",
+    "coclr",
     "videomoco",
     "vclr_tsn",
     "vclr_tsn_activitynet",
@@ -102,6 +104,16 @@ PROTOCOLS: Mapping[str, Mapping[str, Any]] = {
         "lr": 1e-4,
         "milestones": (8, 12, 16),
         "views": {"clips": 10, "frames": 32, "fps": 16.0, "size": 224},
+    },
+    "coclr": {
+        **_ACTIONS,
+        "epochs": 500,
+        "train_batch": 32,
+        "optimiser": "adam",
+        "lr": 1e-3,
+        "milestones": (400, 450),
+        "dropout": 0.9,
+        "views": {"clips": 1, "spacing": "overlap", "crops": "ten", "frames": 32, "stride": 1, "size": 128},
     },
     "videomoco": {
         **_ACTIONS,

@@ -18,7 +18,7 @@ from clipmill.tools.evaluate.evaluator import Progress, Report, silent, write_cs
 from clipmill.tools.evaluate.features import Compute
 from clipmill.tools.evaluate.frozen import Frozen, frozen_features
 from clipmill.tools.evaluate.neighbours import STRIP_FILE, neighbour_strip
-from clipmill.tools.evaluate.opening import Splits
+from clipmill.tools.evaluate.splits import Splits
 from clipmill.tools.evaluate.views import Views
 from clipmill.tools.metrics import hit_rates, retrieve
 

@@ -29,7 +29,8 @@ from clipmill.pipeline.views import View
 from clipmill.tools.evaluate.classification import classification
 from clipmill.tools.evaluate.evaluator import Progress, Report, silent
 from clipmill.tools.evaluate.features import Compute
-from clipmill.tools.evaluate.opening import class_names, encoder_digest, require_labels, stored_audio_view
+from clipmill.tools.evaluate.opening import encoder_digest, stored_audio_view
+from clipmill.tools.evaluate.splits import class_names, require_labels
 from clipmill.tools.evaluate.views import plain_audio_view
 from clipmill.tools.linear_svm import choose_cost, fit_svm
 from clipmill.tools.metrics import softmax, topk_accuracy

@@ -22,7 +22,7 @@ from clipmill.tools.evaluate.evaluator import Progress, Report, silent
 from clipmill.tools.evaluate.features import Compute, Features
 from clipmill.tools.evaluate.frozen import frozen_features
 from clipmill.tools.evaluate.linear import held_out
-from clipmill.tools.evaluate.opening import Splits
+from clipmill.tools.evaluate.splits import Splits
 from clipmill.tools.evaluate.views import Views
 from clipmill.tools.metrics import standardiser, topk_accuracy, unit_rows
 

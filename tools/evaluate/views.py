@@ -1,13 +1,12 @@
 """What an encoder is shown of each record at test time: which moments, which crops, in which form.
 
 `Views` are the user's options; `eval_views` makes of them, and of what the encoder was made for, a `EvalPlan`: a
-planner for the loader that draws nothing. The arithmetic of the common protocols (mmaction's
-`SampleFrames`, `ThreeCrop`, `TenCrop` in test mode) stands here as pure functions.
+planner for the loader that draws nothing. The arithmetic of the common protocols (mmaction's `SampleFrames` in test
+mode, CoCLR's windows) stands here as pure functions; `crops` has that of crops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -16,10 +15,22 @@ import numpy as np
 from clipmill.models.encoder import InputSpec
 from clipmill.pipeline.draws import Draws
 from clipmill.pipeline.record import ShardIndex, VideoRecord
-from clipmill.pipeline.spec import AudioSpec, Boxes, CenterCrop, Crop, CutCenter, Flip, LogMel, Normalize, Op, VideoSpec
-from clipmill.pipeline.views import Drawn, Planner, Segments, Short, Span, Uniform, View, audio_span, clip_span, within
+from clipmill.pipeline.spec import AudioSpec, CenterCrop, Crop, CutCenter, Flip, LogMel, Normalize, Op, VideoSpec
+from clipmill.pipeline.views import (
+    Drawn,
+    Placed,
+    Planner,
+    Segments,
+    Short,
+    Span,
+    Uniform,
+    View,
+    audio_span,
+    clip_span,
+    within,
+)
+from clipmill.tools.evaluate.crops import PlacedCrop
 
-Box = tuple[int, int, int, int]
 AUDIO_DURATION_S = 2.0  # where nothing else is known
 
 
@@ -122,6 +133,17 @@ class Rounded:
         return index.column("num_frames") > 0
 
 
+def overlapping_starts(num_frames: int, span: int) -> np.ndarray:
+    """Starts of all windows of ``span`` frames that overlap by half and lie in the video (CoCLR's test clips).
+
+    They are span / 2 - 1 apart. A video no longer than a window has one, at 0.
+
+    >>> overlapping_starts(70, 32).tolist(), overlapping_starts(32, 32).tolist()
+    ([0, 15, 30], [0])
+    """
+    return np.arange(0, max(num_frames - span, 0) + 1, max(span // 2 - 1, 1))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Windows:
     """One window of sound per view, evenly spread over the record; a single one comes from the middle. A `Planner`."""
@@ -143,75 +165,6 @@ class Windows:
         return index.column("num_samples") > 0
 
 
-# --- crops --------------------------------------------------------------------------------------------------
-
-
-def _cut(x: int, y: int, size: int) -> Box:
-    return x, y, x + size, y + size
-
-
-def center_crop(height: int, width: int, size: int) -> list[Box]:
-    """The centre box (x1, y1, x2, y2) of a frame, coordinates rounded down.
-
-    >>> center_crop(256, 341, 256)
-    [(42, 0, 298, 256)]
-    """
-    return [_cut((width - size) // 2, (height - size) // 2, size)]
-
-
-def three_crop(height: int, width: int, size: int) -> list[Box]:
-    """Boxes at both ends of the long side and in its middle; ``size`` must be the short side.
-
-    >>> three_crop(256, 340, 256)
-    [(0, 0, 256, 256), (84, 0, 340, 256), (42, 0, 298, 256)]
-    """
-    if size != min(height, width):
-        raise ValueError(f"three crops need crops as large as the short side of {width}x{height}, got {size}")
-    step = (max(height, width) - size) // 2
-    places = (0, 2 * step, step)
-    return [_cut(place, 0, size) if size == height else _cut(0, place, size) for place in places]
-
-
-def ten_crop(height: int, width: int, size: int) -> list[Box]:
-    """Boxes of the four corners and the centre, each twice: as it is and to be mirrored.
-
-    Steps are rounded down to quarters of the room, so the right and lower crops may end up to 3 pixels early.
-
-    >>> ten_crop(256, 455, 256)[2]
-    (196, 0, 452, 256)
-    """
-    across, down = (width - size) // 4, (height - size) // 4
-    places = ((0, 0), (4, 0), (0, 4), (4, 4), (2, 2))
-    return [_cut(x * across, y * down, size) for x, y in places for _ in range(2)]
-
-
-_CROPS: Mapping[str, Callable[[int, int, int], list[Box]]] = {"three": three_crop, "ten": ten_crop}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlacedCrop:
-    """One of the boxes of `three_crop` or `ten_crop`, cut from the frame whose short side is resized to ``resize``.
-
-    The long side is rounded to the nearest pixel, as mmaction does. Resizing reads beyond the crop's border.
-    """
-
-    size: int
-    resize: int
-    kind: Literal["three", "ten"]
-    place: int
-
-    def boxes(self, keys: np.ndarray, height: np.ndarray, width: np.ndarray) -> Boxes:
-        """Boxes for N frames; nothing is drawn."""
-        box, clamp = [], []
-        for h, w in zip(height.tolist(), width.tolist(), strict=True):
-            new_h, new_w = (int(side * self.resize / min(h, w) + 0.5) for side in (h, w))
-            x, y, *_ = _CROPS[self.kind](new_h, new_w, self.size)[self.place]
-            across, down = w / new_w, h / new_h
-            box.append((x * across, y * down, self.size * across, self.size * down))
-            clamp.append((0, 0, w, h))
-        return Boxes(np.array(box, np.float64), np.array(clamp, np.int64))
-
-
 # --- from options to a plan ---------------------------------------------------------------------------------
 
 
@@ -221,10 +174,11 @@ class Views:
 
     clips: int = 4
     """Clips (or windows of sound) per record, evenly spread over its time."""
-    spacing: Literal["uniform", "middle", "rounded", "segments"] = "uniform"
+    spacing: Literal["uniform", "middle", "rounded", "segments", "overlap"] = "uniform"
     """uniform: the first clip begins with the video, the last ends with it, starts rounded down; rounded: the same,
     starts rounded to the nearest frame. middle: one in the middle of each part. segments: one clip, whose frames are
-    the middle ones of equal parts of the video (TSM)."""
+    the middle ones of equal parts of the video (TSM). overlap: all clips that overlap by half (CoCLR), however many
+    the record has."""
     crops: Literal["centre", "three", "ten"] = "centre"
     """Crops per clip: centre; both ends and the middle; four corners and centre with their mirror images."""
     frames: int | None = None
@@ -250,19 +204,31 @@ class Views:
 class EvalPlan:
     """How records become inputs.
 
-    planner: for the loader. modality: ``video`` or ``audio``. clips, crops: inputs per record are clips * crops, clip
-    by clip. A video view of the planner holds the clips of one crop; an audio view is one window.
+    planner: for the loader. modality: ``video`` or ``audio``. clips, crops: inputs per visit of a record are
+    clips * crops, clip by clip. A video view of the planner holds the clips of one crop; an audio view is one window.
+    overlap: a record is visited once for each window of `overlapping_starts`; else once.
     """
 
     planner: Planner
     modality: Literal["video", "audio"]
     clips: int
     crops: int
+    overlap: bool = False
 
     @property
     def num_views(self) -> int:
-        """Inputs per record."""
+        """Inputs per visit of a record."""
         return self.clips * self.crops
+
+    def visits(self, index: ShardIndex) -> tuple[Planner, np.ndarray]:
+        """The planner for one pass over ``index``, and the record of each visit, (visits,), in index order."""
+        if not self.overlap:
+            return self.planner, np.arange(len(index))
+        assert isinstance(self.planner, Uniform)
+        view = self.planner.views[0]
+        starts = [overlapping_starts(one.num_frames, int(view.num_frames * view.step(one))) for one in index]
+        planner = Placed(views=self.planner.views, first=np.concatenate(starts), short=self.planner.short)
+        return planner, np.repeat(np.arange(len(index)), [len(each) for each in starts])
 
 
 def eval_views(spec: InputSpec, options: Views, audio_view: View | None = None) -> EvalPlan:
@@ -277,6 +243,9 @@ def eval_views(spec: InputSpec, options: Views, audio_view: View | None = None) 
         View(name=f"crop{number}", **clip_shape(spec, options), augment=augment)
         for number, augment in enumerate(_crop_specs(spec, options))
     )
+    if options.spacing == "overlap":
+        single = Uniform(views=views, clips=1, short=options.short)
+        return EvalPlan(planner=single, modality="video", clips=1, crops=len(views), overlap=True)
     planner: Planner = Uniform(views=views, clips=options.clips, short=options.short)
     if options.spacing == "middle":
         planner = Spread(views=views, clips=options.clips, short=options.short)

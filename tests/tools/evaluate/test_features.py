@@ -51,6 +51,33 @@ def test_every_record_gives_its_own_features_once(
     np.testing.assert_allclose(mean.mean, features.mean, rtol=1e-6)
 
 
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_overlapping_windows_are_averaged_by_record(
+    dataset: ShardIndex, colour: Any, compute: Compute, frame_level: Callable[[int, int], int], batch_size: int,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """Windows of four frames begin at every frame; each record has another number of them."""
+    plan = eval_views(colour.spec, Views(spacing="overlap", frames=4, stride=1, crops="three"))
+    lengths = dataset.column("num_frames").tolist()
+    assert len(set(lengths)) > 1
+    levels = [
+        np.mean([frame_level(number, start + t) for start in range(frames - 3) for t in range(4)])
+        for number, frames in enumerate(lengths)
+    ]
+    wanted = ((np.array(levels)[:, None] - 16) / 219 - np.array(MEAN)) / STD
+    compute = replace(compute, batch_size=batch_size)
+    found = extract(colour, dataset, plan, compute, cache=tmp_path, flush_s=0)
+    assert found.feature.shape == (len(dataset), 1, 3)
+    np.testing.assert_allclose(found.mean, wanted, atol=0.02)
+    assert colour.seen == 3 * sum(frames - 3 for frames in lengths)
+    for part in sorted(tmp_path.rglob("*.safetensors"))[len(dataset) // 2 :]:  # as if interrupted
+        part.unlink()
+    again = extract(colour, dataset, plan, compute, cache=tmp_path)
+    np.testing.assert_allclose(again.feature, found.feature, rtol=1e-6)
+    with pytest.raises(ValueError, match="can only be averaged"):
+        extract(colour, dataset, plan, compute, keep_views=True)
+
+
 @pytest.mark.parametrize(
     "change",
     [{"batch_size": 1}, {"batch_size": 7}, {"batch_size": 100}, {"threads": 3}, {"processes": 1}],

@@ -17,8 +17,9 @@ from clipmill.pipeline.record import ShardIndex
 from clipmill.pipeline.spec import Cutout, Flip, Gray, Jitter, Normalize, RandomResizedCrop, VideoSpec
 from clipmill.tools.evaluate.features import Compute
 from clipmill.tools.evaluate.finetune import Classifier, Config, evaluate, fit, shifted, train_planner
-from clipmill.tools.evaluate.opening import Splits, encoder_digest, open_encoder
+from clipmill.tools.evaluate.opening import encoder_digest, open_encoder
 from clipmill.tools.evaluate.protocols import PROTOCOLS
+from clipmill.tools.evaluate.splits import Splits
 from clipmill.tools.evaluate.views import Views, eval_views
 
 
@@ -124,6 +125,42 @@ def test_schedule_and_gradient_norm(bright: ShardIndex, colour: Any, config: Con
     history = fit(model, bright.split("train"), replace(options, weight_decay=0.0), train_planner(colour, options))
     assert [row["lr"] for row in history] == pytest.approx([0.1, 0.05, 0.05, 0.025])
     torch.testing.assert_close(model.head.weight, head, atol=1e-8, rtol=0)
+
+
+def test_an_interrupted_training_is_continued(
+    bright: ShardIndex, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in its seventh epoch, and again while the test views are computed: the outcome is that of one piece."""
+    monkeypatch.setattr("clipmill.tools.evaluate.finetune._SAVE_S", 0.0)
+    encoder = open_encoder("random:resnet18:width=0.125")
+    encoder.spec = InputSpec(num_frames=2, size=24)
+    config = replace(config, epochs=8, dropout=0.5)
+    whole = evaluate(encoder, bright.root, tmp_path / "whole", config)
+    seen: list[int] = []
+
+    def until(what: str, last: int) -> Callable[[str, int, int, str], None]:
+        def progress(name: str, done: int, total: int, unit: str) -> None:
+            if name == "fine-tuning":
+                seen.append(done)
+            if (name, done) == (what, last):
+                raise KeyboardInterrupt
+
+        return progress
+
+    for what, last in (("fine-tuning", 13), ("test views", 8)):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(encoder, bright.root, tmp_path / "parts", config, progress=until(what, last))
+    assert seen == [*range(1, 14), *range(13, 17)]
+    parts = evaluate(encoder, bright.root, tmp_path / "parts", config, progress=until("fine-tuning", 1))
+    assert parts == whole
+    for name in parts.artefacts:
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "parts" / "unfinished").exists()
+    with pytest.raises(KeyboardInterrupt):  # other options are another training
+        evaluate(encoder, bright.root, tmp_path / "other", config, progress=until("fine-tuning", 13))
+    other = replace(config, lr=0.01)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(encoder, bright.root, tmp_path / "other", other, progress=until("fine-tuning", 1))
 
 
 def test_training_views_are_light(colour: Any, config: Config) -> None:

@@ -12,16 +12,8 @@ from clipmill.models.encoder import build_encoder, save_encoder
 from clipmill.pipeline.record import ShardIndex
 from clipmill.pipeline.spec import AudioSpec, LogMel
 from clipmill.pipeline.views import View
-from clipmill.tools.evaluate.opening import (
-    Splits,
-    class_names,
-    encoder_digest,
-    open_encoder,
-    smallest_hashes,
-    split,
-    stored_audio_view,
-    untrained,
-)
+from clipmill.tools.evaluate.opening import encoder_digest, open_encoder, stored_audio_view, untrained
+from clipmill.tools.evaluate.splits import Splits, class_names, smallest_hashes, split
 
 
 def test_an_untrained_encoder_is_the_same_every_time() -> None:

@@ -19,17 +19,9 @@ from clipmill.pipeline.slot import crop_table
 from clipmill.pipeline.sound_views import audio_view_from_json, audio_view_to_json
 from clipmill.pipeline.spec import AudioSpec, CutCenter, LogMel, Mask, VideoSpec
 from clipmill.pipeline.views import View
+from clipmill.tools.evaluate.crops import PlacedCrop, ten_crop, three_crop
 from clipmill.tools.evaluate.features import stack_views
-from clipmill.tools.evaluate.views import (
-    PlacedCrop,
-    Spread,
-    Views,
-    eval_views,
-    plain_audio_view,
-    sample_frames,
-    ten_crop,
-    three_crop,
-)
+from clipmill.tools.evaluate.views import Spread, Views, eval_views, overlapping_starts, plain_audio_view, sample_frames
 
 SPEC = InputSpec(num_frames=3, size=32, stride=2, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 lengths = st.integers(1, 40)
@@ -63,6 +55,16 @@ def test_one_sampled_clip_is_the_middle_one(length: int, interval: int, clips: i
 def test_sampling_twice_adds_the_starts_of_the_parts() -> None:
     frames = sample_frames(100, 4, 5, 4, twice=True)
     assert frames[:, 0].tolist() == [10, 30, 50, 70, 0, 20, 40, 60]
+
+
+@given(st.integers(1, 400), lengths)
+def test_overlapping_windows_lie_in_the_video_and_leave_no_room_for_one_more(total: int, span: int) -> None:
+    starts = overlapping_starts(total, span)
+    apart = max(span // 2 - 1, 1)
+    assert starts[0] == 0
+    assert (np.diff(starts) == apart).all()
+    assert len(starts) == 1 or starts[-1] + span <= total
+    assert starts[-1] + apart + span > total
 
 
 def test_three_crops_of_a_square_are_one() -> None:
