@@ -57,7 +57,7 @@ def data_folder(data: str | Path, *, cache_dir: Path | None = None, also: Sequen
             raise StorageError(
                 f"{storage.url}/{DATASET_FILE}: damaged ({error!r}); upload the data set again"
             ) from error
-        home = (cache_dir or _cache_dir()) / _folder_name(storage.url)
+        home = cache_folder(cache_dir) / _folder_name(storage.url)
         folder = home / blake2b(stored, digest_size=8).hexdigest()
         home.mkdir(parents=True, exist_ok=True)
         with _locked(home / "lock"):
@@ -95,7 +95,10 @@ def _fetch_file(storage: Storage, name: str, path: Path, digests: dict[str, Any]
     partial.replace(path)
 
 
-def _cache_dir() -> Path:
+def cache_folder(chosen: Path | None = None) -> Path:
+    """Where things may be kept from one run to the next: ``chosen``, else the default that `data_folder` names."""
+    if chosen is not None:
+        return chosen
     named = os.environ.get("CLIPMILL_CACHE")
     if named:
         return Path(named)

@@ -275,7 +275,8 @@ def _published(scores: Sequence[tuple[Run, Score]]) -> dict[tuple[str, str], dic
     for _, score in scores:
         for item in score.listed("published"):
             who = (str(item.get("method", "published")), str(item.get("source", "")))
-            found.setdefault(who, {})[str(item.get("metric", "value"))] = item.get("value")
+            numbers = {name: value for name, value in item.items() if isinstance(value, int | float)}
+            found.setdefault(who, {}).update(numbers)
     return found
 
 

@@ -99,7 +99,7 @@ def test_the_waterfall_adds_up(tmp_path: Path):
 
 def test_runs_side_by_side(tmp_path: Path):
     first, second = write_run(tmp_path / "a", lr=0.1), write_run(tmp_path / "b", lr=0.3)
-    published = [{"method": "MoCo", "metric": "top1", "value": 0.482, "source": "Chen et al. 2020"}]
+    published = [{"method": "MoCo", "top1": 0.482, "source": "Chen et al. 2020"}]
     write_score(first, "knn", published=published)
     write_score(second, "knn", settings={"k": 5}, metrics={"top1": 0.5, "map": 0.1}, published=published)
     write_score(second, "linear")

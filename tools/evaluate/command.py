@@ -13,7 +13,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import tyro
 
 from clipmill.tools.data_set import DataSet
-from clipmill.tools.evaluate.evaluator import Report, benchmark_module, benchmarks
+from clipmill.tools.evaluate.evaluator import benchmark_module, benchmarks
 from clipmill.tools.progress import Progress
 
 C = TypeVar("C")
@@ -31,12 +31,14 @@ class Args(Generic[C]):
     or baseline:logmel, raw spectrograms. - with --score-only."""
     data: tyro.conf.Positional[DataSet]
     """Data set folder made by `clipmill pack`, or the URL of one (s3://bucket/set, https://host/set, ...); for davis,
-    jhmdb, vip and semantic_segmentation the folder of the corpus itself."""
+    otb, jhmdb, vip and semantic_segmentation the folder of the corpus itself. linear, knn, svm, retrieval, finetune and
+    crossmodal take that too, and pack it into --cache-dir first."""
     out: Path | None = None
     """Folder for score.json, tables and pictures; default: evaluate/BENCHMARK in the run folder, or the folder that
     --score-only names."""
     cache_dir: Path | None = None
-    """Folder for what is fetched of a data set at a URL; default $CLIPMILL_CACHE, else ~/.cache/clipmill."""
+    """Folder for what is fetched of a data set at a URL or packed of a raw one; default $CLIPMILL_CACHE, else
+    ~/.cache/clipmill."""
     json: bool = False
     """Print score.json instead of tables."""
     config: C
@@ -79,13 +81,18 @@ def main(args: Args[Any]) -> int:
     from clipmill.pipeline.remote import data_folder
     from clipmill.tools.evaluate.opening import open_encoder
     from clipmill.tools.evaluate.over_splits import over_splits
+    from clipmill.tools.evaluate.splits import Splits
+    from clipmill.tools.on_the_fly import packed
 
     encoder = None if _rescored(args) is not None else open_encoder(args.encoder)
     out, config = _placed(args)
     with ExitStack() as stack:
-        evaluate: Callable[..., Report] = benchmark_module(args.benchmark).evaluate
-        official = getattr(getattr(config, "splits", None), "official", ())
+        evaluate: Any = benchmark_module(args.benchmark).evaluate
+        splits: Splits | None = getattr(config, "splits", None)
+        official = splits.official if splits else ()
         data = data_folder(args.data, cache_dir=args.cache_dir, also=(MANIFEST_FILE,) if official else ())
+        if splits is not None:
+            data = packed(data, cache_dir=args.cache_dir, quiet=args.json)
         if len(official) > 1:
             evaluate = partial(over_splits, evaluate)
         report = evaluate(encoder, data, out, config, progress=_shower(stack, quiet=args.json))

@@ -42,6 +42,7 @@ from clipmill.tools.evaluate.features import Compute, extract, require_usable
 from clipmill.tools.evaluate.frozen import digests, settings
 from clipmill.tools.evaluate.opening import stored_audio_view, untrained
 from clipmill.tools.evaluate.protocols import PROTOCOLS, Protocol, filled
+from clipmill.tools.evaluate.published import published
 from clipmill.tools.evaluate.splits import Splits, class_names, split
 from clipmill.tools.evaluate.views import Views, clip_shape, eval_views, normalize, plain_audio_view, resampling
 from clipmill.tools.metrics import Average
@@ -212,6 +213,7 @@ def evaluate(encoder: Encoder, root: Path, out: Path, config: Config, *, progres
         artefacts=[*outcome.artefacts, TRAINING_FILE],
         settings=settings(config, plan, train, test) | {"epoch_scored": "last"},
         digests=source,
+        published=published("finetune", classes),
     )
 
 

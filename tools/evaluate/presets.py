@@ -129,15 +129,14 @@ VIP = {
 }
 
 
-def _published(method: str, backbone: str, data: str, scores: tuple[float, float, float], source: str) -> tuple:
-    row = {"method": method, "backbone": backbone, "data": data}
-    return (row | dict(zip(("J&F", "J", "F"), scores, strict=True)) | {"source": source},)
+def _published(who: str, scores: tuple[float, float, float], source: str) -> tuple:
+    return ({"method": who} | dict(zip(("J&F-Mean", "J-Mean", "F-Mean"), scores, strict=True)) | {"source": source},)
 
 
-PUBLISHED_DAVIS = {  # of DAVIS-2017 val, in percent
-    "vfs": _published("VFS", "resnet18", "Kinetics-400", (66.7, 64.0, 69.5), "xvjiarui/VFS"),
-    "vfs_r50": _published("VFS", "resnet50", "Kinetics-400", (69.5, 67.0, 72.0), "xvjiarui/VFS"),
-    "crw": _published("CRW", "resnet18", "Kinetics-400", (67.6, 64.6, 70.6), "ajabri/videowalk"),
-    "uvc": _published("UVC", "resnet18", "Kinetics-400", (57.8, 56.3, 59.2), "Liusifei/UVC"),
-    "contrastcorr": _published("ContrastCorr", "resnet18", "TrackingNet", (63.0, 60.5, 65.5), "594422814/ContrastCorr"),
+PUBLISHED_DAVIS = {  # of DAVIS-2017 val
+    "vfs": _published("VFS, resnet18, Kinetics-400", (0.667, 0.640, 0.695), "xvjiarui/VFS"),
+    "vfs_r50": _published("VFS, resnet50, Kinetics-400", (0.695, 0.670, 0.720), "xvjiarui/VFS"),
+    "crw": _published("CRW, resnet18, Kinetics-400", (0.676, 0.646, 0.706), "ajabri/videowalk"),
+    "uvc": _published("UVC, resnet18, Kinetics-400", (0.578, 0.563, 0.592), "Liusifei/UVC"),
+    "contrastcorr": _published("ContrastCorr, resnet18, TrackingNet", (0.630, 0.605, 0.655), "594422814/ContrastCorr"),
 }

@@ -18,6 +18,7 @@ from clipmill.tools.evaluate.evaluator import Progress, Report, silent, write_cs
 from clipmill.tools.evaluate.features import Compute
 from clipmill.tools.evaluate.frozen import Frozen, frozen_features
 from clipmill.tools.evaluate.neighbours import STRIP_FILE, neighbour_strip
+from clipmill.tools.evaluate.published import published
 from clipmill.tools.evaluate.splits import Splits
 from clipmill.tools.evaluate.views import Views
 from clipmill.tools.metrics import hit_rates, retrieve
@@ -71,7 +72,7 @@ def evaluate(encoder: Encoder, root: Path, out: Path, config: Config, *, progres
         artefacts=artefacts,
         settings=data.settings,
         digests=data.digests,
-        published=_PUBLISHED,
+        published=published("retrieval", data.classes),
     )
 
 
@@ -98,23 +99,3 @@ def _listed(data: Frozen, numbers: np.ndarray, similarity: np.ndarray) -> list[d
             found[f"similarity{place + 1}"] = f"{similarity[row, place]:.6g}"
         rows.append(found)
     return rows
-
-
-def _row(method: str, data: str, pretraining: str, rate: float) -> dict[str, Any]:
-    source = "amazon-research/video-contrastive-learning"
-    return {
-        "method": method,
-        "backbone": "resnet50",
-        "pretraining": pretraining,
-        "data": data,
-        "R@1": rate,
-        "source": source,
-    }
-
-
-_PUBLISHED = (  # in percent
-    _row("VCLR", "UCF101 split 1", "Kinetics-400", 70.6),
-    _row("VCLR", "HMDB51 split 1", "Kinetics-400", 35.2),
-    _row("VCLR", "UCF101 split 1", "UCF101", 46.8),
-    _row("VCLR", "HMDB51 split 1", "UCF101", 17.6),
-)

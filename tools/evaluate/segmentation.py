@@ -235,16 +235,16 @@ def _rows(number: int, videos: Videos, layout: Layout, score: SegmentationScore)
     return rows
 
 
-def _published(method: str, scores: tuple[float, float, float, float, float]) -> list[dict[str, Any]]:
-    metrics = ("f1@10", "f1@25", "f1@50", "edit", "mof")
+def _published(method: str, *scores: float) -> dict[str, Any]:
     source = "Breakfast, mean of 4 splits; recalled from later papers"
-    rows = zip(metrics, scores, strict=True)
-    return [{"method": method, "metric": metric, "value": value, "source": source} for metric, value in rows]
+    return {"method": method, "source": source} | dict(
+        zip(("f1@10", "f1@25", "f1@50", "edit", "mof"), scores, strict=True)
+    )
 
 
 _PUBLISHED = (
-    *_published("MS-TCN on I3D", (52.6, 48.1, 37.9, 61.7, 66.3)),
-    *_published("MS-TCN on IDT", (58.2, 52.9, 40.8, 61.4, 65.1)),
-    *_published("MS-TCN++ on I3D", (64.1, 58.6, 45.9, 65.6, 67.6)),
-    *_published("ASFormer on I3D", (76.0, 70.6, 57.4, 75.0, 73.5)),
+    _published("MS-TCN on I3D", 52.6, 48.1, 37.9, 61.7, 66.3),
+    _published("MS-TCN on IDT", 58.2, 52.9, 40.8, 61.4, 65.1),
+    _published("MS-TCN++ on I3D", 64.1, 58.6, 45.9, 65.6, 67.6),
+    _published("ASFormer on I3D", 76.0, 70.6, 57.4, 75.0, 73.5),
 )

@@ -77,10 +77,10 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 _SOURCE = "github.com/WXinlong/DenseCL"
 PUBLISHED = {
     "voc": [
-        {"method": "MoCo v2", "backbone": "resnet50", "data": "COCO, 800 epochs", "mIoU": 64.5, "source": _SOURCE},
-        {"method": "DenseCL", "backbone": "resnet50", "data": "COCO, 800 epochs", "mIoU": 67.5, "source": _SOURCE},
-        {"method": "MoCo v2", "backbone": "resnet50", "data": "ImageNet", "mIoU": 67.5, "source": _SOURCE},
-        {"method": "DenseCL", "backbone": "resnet50", "data": "ImageNet", "mIoU": 69.4, "source": _SOURCE},
+        {"method": "MoCo v2, resnet50, COCO for 800 epochs", "mIoU": 0.645, "source": _SOURCE},
+        {"method": "DenseCL, resnet50, COCO for 800 epochs", "mIoU": 0.675, "source": _SOURCE},
+        {"method": "MoCo v2, resnet50, ImageNet", "mIoU": 0.675, "source": _SOURCE},
+        {"method": "DenseCL, resnet50, ImageNet", "mIoU": 0.694, "source": _SOURCE},
     ]
 }
 

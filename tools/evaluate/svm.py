@@ -22,6 +22,7 @@ from clipmill.tools.evaluate.evaluator import Progress, Report, silent
 from clipmill.tools.evaluate.features import Compute, Features
 from clipmill.tools.evaluate.frozen import frozen_features
 from clipmill.tools.evaluate.linear import held_out
+from clipmill.tools.evaluate.published import published
 from clipmill.tools.evaluate.splits import Splits
 from clipmill.tools.evaluate.views import Views
 from clipmill.tools.metrics import standardiser, topk_accuracy, unit_rows
@@ -71,16 +72,7 @@ def evaluate(encoder: Encoder, root: Path, out: Path, config: Config, *, progres
         artefacts=outcome.artefacts,
         settings=data.settings | {"chosen": {"cost": cost}, "tried": tried},
         digests=data.digests,
-        published=(
-            {
-                "method": "VCLR",
-                "backbone": "resnet50",
-                "pretraining": "Kinetics-400",
-                "data": "Kinetics-400",
-                "top1": 64.1,
-                "source": "amazon-research/video-contrastive-learning",
-            },
-        ),
+        published=published("svm", data.classes),
     )
 
 

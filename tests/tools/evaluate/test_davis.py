@@ -218,7 +218,7 @@ def test_settings_say_all_that_decides_the_numbers(root: Path, tmp_path: Path) -
     assert report.settings["sequences"] == ["one"]
     assert not report.published
     whole = evaluate(Identity(), root, tmp_path, config(preset="vfs"))
-    assert whole.published[0]["J&F"] == 66.7
+    assert whole.published[0]["J&F-Mean"] == 0.667
     assert json.loads(whole.to_json())["settings"]["config"]["overrides"]["topk"] == 1
 
 

@@ -38,7 +38,7 @@ def test_a_report(bright: ShardIndex, colour: Any, compute: Compute, tmp_path: P
     assert {row["near1"] for row in rows} <= set(bright.split("train").column("key").tolist())
     similarities = [float(row[f"similarity{place}"]) for row in rows[:1] for place in range(1, 6)]
     assert similarities == sorted(similarities, reverse=True)
-    assert all("R@1" in row for row in report.published)
+    assert not report.published  # of UCF101 and HMDB51
 
 
 def test_options_that_cannot_be(bright: ShardIndex, colour: Any, compute: Compute, tmp_path: Path) -> None:
