@@ -145,17 +145,21 @@ def test_sigterm_ends_with_a_checkpoint_and_resume_finishes(dataset: ShardIndex,
         np.testing.assert_array_equal(weights(cut)[name], tensor)
 
 
-def test_two_processes_under_torchrun(dataset: ShardIndex, tmp_path: Path) -> None:
+def test_two_processes_under_torchrun(dataset: ShardIndex, davis: Path, tmp_path: Path) -> None:
+    """The main process probes meanwhile."""
+
     def torchrun(*more: str) -> subprocess.CompletedProcess[str]:
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "clipmill.tools.cli"]
         words = [*launch, *command(dataset, tmp_path / "run", *more)]
         return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
 
-    done = torchrun()
+    done = torchrun("--probe", "davis:1", "--probe-data", str(davis), "--probe-every", "1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 steps done; encoder in") == 1
     assert done.stdout.count("step 2/2") == 1
-    assert [row["step"] for row in read_log(tmp_path / "run")] == [1, 2]
+    rows = read_log(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(0 < row["davis_jf"] <= 1 for row in rows)
     refused = torchrun()
     assert refused.returncode != 0
     assert refused.stderr.count("holds a run already") >= 1
