@@ -188,8 +188,11 @@ def _wanderers(rng: np.random.Generator, seed: int, size: int, num_frames: int, 
     )
 
 
-def draw_image(seed: int, number: int, texture: int, *, size: int = 112) -> Scene:
-    """A still picture (one frame). Its class is the texture of the object; the background is always clouds."""
+def draw_image(seed: int, number: int, texture: int, *, size: int = 112, looks: int = 8) -> Scene:
+    """A still picture (one frame). Its class is the texture of the object; the background is clouds.
+
+    looks: how many different backgrounds the corpus has; with few of them they do not tell pictures apart.
+    """
     rng = generator(seed, "image", number)
     height, width = _picture_size(rng, size)
     x, y = (length / min(height, width) / 2 + rng.uniform(-0.15, 0.15) for length in (width, height))
@@ -199,7 +202,7 @@ def draw_image(seed: int, number: int, texture: int, *, size: int = 112) -> Scen
         radius=rng.uniform(0.25, 0.4),
         centre=(x, y, 0.0, rng.uniform(0, 2 * np.pi)),
     )
-    background = draw_surface(seed, int(rng.integers(2**31)), "background", "clouds")
+    background = draw_surface(seed, int(rng.integers(looks)), "background", "clouds")
     return Scene(height=height, width=width, fps=Fraction(25), num_frames=1, background=background, bodies=(body,))
 
 

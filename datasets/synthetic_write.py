@@ -267,7 +267,8 @@ def _images(settings: Settings) -> Plan:
 
 
 def _image(settings: Settings, number: int, texture: int, suffix: str) -> Iterator[bytes]:
-    yield image_bytes(draw_image(settings.seed, number, texture, size=settings.size).frame(0), suffix)
+    scene = draw_image(settings.seed, number, texture, size=settings.size, looks=settings.looks)
+    yield image_bytes(scene.frame(0), suffix)
 
 
 def sequence_scene(settings: Settings, number: int) -> Scene:

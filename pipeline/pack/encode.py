@@ -123,7 +123,10 @@ class Mp4Writer:
         frame.pts, frame.time_base, frame.duration = self._count, _TIMELESS, 1
         frame.pict_type = PictureType.NONE  # otherwise the encoder repeats the key frames of the source
         self._count += 1
-        packets = self._stream.encode(frame)
+        try:
+            packets = self._stream.encode(frame)
+        except av.error.ExternalError as error:  # all that x264 and x265 say when they cannot have their memory
+            raise MemoryError(f"the encoder of {frame.width}x{frame.height} pixels cannot start") from error
         if self._check is None:
             self._config = bytes(self._stream.codec_context.extradata or b"")
             if self._config.startswith((b"\0\0\1", b"\0\0\0\1")):

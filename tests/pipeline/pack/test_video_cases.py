@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from clipmill.pipeline.pack import encode
+from clipmill.pipeline.pack.engine_local import LocalEngine
+from clipmill.pipeline.pack.settings import PackSettings
+from clipmill.pipeline.pack.task import Task, pack_source
 
 ALL = list(range(100))
 B_FRAMES = {"preset": "ultrafast", "crf": "10", "g": "25", "bf": "2"}
@@ -48,13 +51,15 @@ def shift(seconds):
         ("ps.mpg", {"codec": "mpeg2video", "options": SHARP}),
         ("old.wmv", {"codec": "wmv2", "options": {"g": "12", "b": "8000000", "qmin": "1", "qmax": "2"}}),
         ("vp9.webm", {"codec": "libvpx-vp9", "options": QUICK_VP | {"lag-in-frames": "16", "auto-alt-ref": "1"}}),
+        ("av1.mp4", {"codec": "libsvtav1", "options": {"preset": "10", "crf": "8", "g": "24"}}),
         ("vp8.webm", {"codec": "libvpx", "options": QUICK_VP}),
         ("intra.mov", {"codec": "prores_ks", "pix_fmt": "yuv422p10le"}),
         ("stills.avi", {"codec": "mjpeg", "pix_fmt": "yuvj420p"}),
         ("lossless.mkv", {"codec": "ffv1"}),
     ],
 )
-def test_codecs_and_containers(kit, name, facts):
+def test_codecs_and_containers(kit, name, facts, monkeypatch):
+    monkeypatch.setenv("SVT_LOG", "1")  # errors alone
     assert_exact(kit, kit.film(name, **facts))
 
 
@@ -188,6 +193,30 @@ def test_of_several_streams_the_largest_default_one_is_taken(kit):
     assert (result.picture.width, result.picture.height) == (96, 64)
 
 
+def test_subtitles_and_data_are_not_video(kit):
+    film, titles = kit.film("film.mkv", frames=20), kit.folder / "titles.srt"
+    titles.write_text("1\n00:00:00,000 --> 00:00:00,300\nhello\n\n2\n00:00:00,300 --> 00:00:00,400\nthere\n")
+    with av.open(str(film)) as pictures, av.open(str(titles)) as words, av.open(str(kit.folder / "t.mkv"), "w") as both:
+        streams = [both.add_stream_from_template(one.streams[0]) for one in (words, pictures)]
+        for source, stream in zip((words, pictures), streams, strict=True):
+            for packet in source.demux():
+                if packet.size and packet.dts is not None:
+                    packet.stream = stream
+                    both.mux(packet)
+    with av.open(str(film)) as pictures, av.open(str(kit.folder / "t.mov"), "w", options={"write_tmcd": "1"}) as coded:
+        coded.metadata["timecode"] = "01:00:00:00"
+        stream = coded.add_stream_from_template(pictures.streams[0])
+        for packet in pictures.demux():
+            if packet.size and packet.dts is not None:
+                packet.stream = stream
+                coded.mux(packet)
+    for name, kinds in (("t.mkv", ["subtitle", "video"]), ("t.mov", ["video", "data"])):
+        with av.open(str(kit.folder / name)) as container:
+            assert [stream.type for stream in container.streams] == kinds
+        result = assert_exact(kit, kit.folder / name, ALL[:20])
+        assert result.sound is None
+
+
 def test_cover_art_is_not_video(kit):
     path = kit.folder / "song.mp3"
     with av.open(str(path), "w") as container:
@@ -307,6 +336,27 @@ def test_matrices(kit, number, kr, kb, yuv):
         assert kept.codec.matrix == {1: "bt709", 5: "bt601", 6: "bt601", 9: "bt2020"}[number]
 
 
+def test_high_dynamic_range_keeps_its_curve_and_says_so(kit):
+    """Ten bits of BT.2020 under the PQ curve: the matrix becomes ours, levels are not mapped."""
+    path = kit.folder / "hdr.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p10le"
+        context = stream.codec_context
+        context.color_range, context.colorspace, context.color_primaries, context.color_trc = 1, 9, 9, 16
+        for number in range(3):
+            frame = kit.flat((100, 90, 180)).reformat(format="yuv420p10le")
+            frame.pts = number
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    result = kit.pack(path, quality=5)
+    origin = result.facts["origin"]["video"]
+    assert (origin["color_transfer"], origin["color_primaries"]) == (16, 9)
+    assert (result.picture.num_frames, result.picture.codec.matrix) == (3, "bt709")
+    found = [float(np.median(plane)) for plane in kit.planes(result.picture)]
+    assert found == pytest.approx(bt709((100, 90, 180), 0.2627, 0.0593), abs=1.5)
+
+
 def test_the_matrix_of_rgb_is_ours(kit):
     def draw(_):
         return av.VideoFrame.from_ndarray(np.full((64, 96, 3), (200, 60, 30), np.uint8), "rgb24")
@@ -369,3 +419,31 @@ def test_the_processor_does_not_change_a_byte(kit, monkeypatch):
     monkeypatch.setitem(encode.PROFILES, "cpu", replace(profile, options=plain))
     again = kit.pack(path).picture
     assert Path(again.path).read_bytes() == Path(usual.path).read_bytes()
+
+
+# --- large things -------------------------------------------------------------------------------------------
+
+
+def in_a_worker(path, memory_gb, **settings):
+    """The result, or the Failure, of a worker that may use so much memory."""
+    task = Task(number=0, path=str(path), stem=str(path.parent / "out" / "0"), settings=PackSettings(**settings))
+    ((_, answer),) = LocalEngine(workers=1, timeout_s=120, memory_gb=memory_gb)(pack_source, [task])
+    return answer
+
+
+def test_eight_k_in_bounded_memory(kit):
+    path = kit.film("large.mp4", frames=3, size=(7680, 4320), options={"preset": "ultrafast", "crf": "30"})
+    result = in_a_worker(path, 4.0, short_side=128)
+    assert result.status == "ok", result
+    assert (result.picture.width, result.picture.height, kit.shown(result.picture)) == (228, 128, [0, 1, 2])
+    failure = in_a_worker(path, 0.75)
+    assert failure.reason == "memory", failure
+
+
+def test_ten_hours_in_bounded_memory(kit):
+    """A slide show, one picture in ten seconds."""
+    path = kit.film("long.mkv", frames=3600, fps=Fraction(1, 10))
+    result = in_a_worker(path, 1.0)
+    assert result.status == "ok", result
+    assert (result.picture.num_frames, result.picture.fps) == (3600, Fraction(1, 10))
+    assert kit.shown(result.picture) == [number % 110 for number in range(3600)]
