@@ -16,6 +16,7 @@ from typing import cast
 import av
 import numpy as np
 from av.container import OutputContainer
+from av.error import ExternalError
 from av.packet import Packet
 from av.video.frame import PictureType, VideoFrame
 from av.video.stream import VideoStream
@@ -125,7 +126,7 @@ class Mp4Writer:
         self._count += 1
         try:
             packets = self._stream.encode(frame)
-        except av.error.ExternalError as error:  # all that x264 and x265 say when they cannot have their memory
+        except ExternalError as error:  # all that x264 and x265 say when they cannot have their memory
             raise MemoryError(f"the encoder of {frame.width}x{frame.height} pixels cannot start") from error
         if self._check is None:
             self._config = bytes(self._stream.codec_context.extradata or b"")
