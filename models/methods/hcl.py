@@ -186,6 +186,6 @@ def cifar100() -> Recipe:
 def tiny() -> Recipe:
     """A quarter-width ResNet-18 on 64-pixel frames of a small corpus, about a minute on two CPU cores."""
     backbone = EncoderConfig(name="resnet18", width=0.25)
-    config = Config(encoder=backbone, stem="7x7", size=64, min_area=0.2, tau_plus=0.05)
+    config = Config(encoder=backbone, stem="7x7", size=64, min_area=0.08, tau_plus=0.05)
     train = {"epochs": 30, "batch_size": 64, "optimiser": "adamw", "lr": 2e-3, "warmup_epochs": 1, "sync_bn": True}
     return Recipe(about="a small corpus on a CPU: ResNet-18 x 0.25, 64 pixels", method=config, train=train)
