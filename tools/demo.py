@@ -82,10 +82,10 @@ def _kind(method: str) -> str:
 
 
 def _amount(kind: str, short: bool) -> list[str]:
-    if kind == "images":
-        return ["--images", "100" if short else "1500"]
     few = ["--clips", "48", "--seconds", "1.5", "--size", "64"] if short else ["--clips", "480"]
-    return [*few, "--looks", "2"]  # so that textures do not tell clips apart, and motion has to
+    if kind == "images":
+        few = ["--images", "100" if short else "1500"]
+    return [*few, "--looks", "2"]  # so that textures and backgrounds do not tell samples apart, and classes have to
 
 
 def _method(method: str, kind: str, args: Args) -> list[_Row]:

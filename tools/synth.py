@@ -34,7 +34,8 @@ class Args:
     seconds: float = 2.5
     """Mean length of a clip in seconds; it varies by 15 %."""
     looks: int = 8
-    """Different textures of objects and of backgrounds; with few, looks do not tell clips apart."""
+    """Different textures of objects and of backgrounds; with few, looks do not tell clips apart. For images,
+    backgrounds alone."""
     images: int = 300
     """Pictures of the image folder."""
     sequences: int = 6
