@@ -167,7 +167,8 @@ class Clock:
 
     plan_s, read_s, decode_s and copy_s are thread time of this process's decode threads (they can exceed the
     interval, and are 0 where the work happened before it); wait_s (for a batch), augment_s and step_s (all else) are
-    the loop's own time and add up to it. batch_size: samples of an optimiser step over all processes.
+    the loop's own time and add up to it. Of a data set at a URL also network_mb, megabytes that were received, and
+    requests. batch_size: samples of an optimiser step over all processes.
     """
 
     def __init__(self, source: Loader, batch_size: int) -> None:
@@ -185,7 +186,7 @@ class Clock:
         self._before["wall_s"] += seconds
 
     def lap(self) -> dict[str, float]:
-        """clips_per_s, wait_share and the seconds of the interval; begins a new one."""
+        """clips_per_s, wait_share and what was spent in the interval; begins a new one."""
         now = self._read()
         spent = {name: now[name] - self._before[name] for name in now}
         wall_s = max(spent.pop("wall_s"), 1e-9)
@@ -201,7 +202,9 @@ class Clock:
 
     def _read(self) -> dict[str, float]:
         source, stages = self._source, self._source.stages
+        network = {"network_mb": stages.network_bytes / 1e6, "requests": float(stages.requests)}
         return {
+            **(network if source.index.url else {}),
             "plan_s": stages.plan_s,
             "read_s": stages.read_s,
             "decode_s": stages.decode_s,

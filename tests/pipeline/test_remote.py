@@ -26,6 +26,7 @@ import torch
 from clipmill.pipeline import storage as storage_module
 from clipmill.pipeline.decode.runs import runs
 from clipmill.pipeline.loader import DamageBudgetError, Loader, LoaderConfig
+from clipmill.pipeline.log import Clock
 from clipmill.pipeline.record import AUDIO_BLOCK, ShardIndex
 from clipmill.pipeline.remote import RemoteReader, extents, open_reader
 from clipmill.pipeline.shard import ShardError, ShardReader, file_digest
@@ -269,6 +270,20 @@ def test_only_the_bytes_of_the_clips_are_read(packed, web, stride):
     assert needed.packets + needed.sound <= read <= needed.packets + needed.gaps + needed.sound
     assert read - needed.sound < 1.1 * needed.packets
     assert 24 <= loader.stages.requests <= 24 * stride  # one at least for the pictures and one for the sound of a clip
+
+
+def test_the_log_says_what_the_network_carried(packed, web):
+    for index in (ShardIndex.open(web.url), packed):
+        with Loader(index, BOTH, batch_size=4, seed=3, config=LoaderConfig(threads=1, processes=0)) as loader:
+            clock = Clock(loader, 4)
+            for _ in loader.epoch(0):
+                clock.tick()
+            spent = clock.lap()
+        if index is packed:
+            assert "network_mb" not in spent
+        else:
+            assert spent["network_mb"] == web.bodies["shard-00000.tar"] / 1e6 > 0
+            assert spent["requests"] == loader.stages.requests > 0
 
 
 def test_what_is_not_foreseen_is_fetched_when_it_is_read(packed, web):
