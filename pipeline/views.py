@@ -297,27 +297,6 @@ class Uniform:
         return mask
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Placed:
-    """Clips that begin at given frames, all views of a draw at one.
-
-    first: (draws,) frame at which the clips of each draw begin, may lie outside the video.
-    """
-
-    views: tuple[View, ...]
-    first: np.ndarray
-    short: Short = "loop"
-
-    def __call__(self, record: VideoRecord, rng: Draws, draw: int) -> Drawn:
-        """See `Planner`."""
-        start = int(self.first[draw % len(self.first)])
-        return Drawn(tuple(clip_span(view, record, start, self.short) for view in self.views))
-
-    def usable(self, index: ShardIndex) -> np.ndarray:
-        """Records with frames."""
-        return _long_enough(index, self.views, self.short)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segments:
     """One frame from each of N equal segments of the whole video, N = the view's num_frames.

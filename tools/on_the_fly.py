@@ -18,16 +18,16 @@ from clipmill.tools import pack as command
 from clipmill.tools.progress import Progress
 
 
-def packed(data: Path, *, cache_dir: Path | None = None, reader: str = "auto", quiet: bool = False) -> Path:
+def packed(data: Path, *, cache_dir: Path | None = None, quiet: bool = False) -> Path:
     """The data set folder for ``data``: itself, or for a folder of media what `clipmill pack` makes of it.
 
     That lies in ``packed`` of the cache folder, under a name of its own for every state of the corpus, so that it is
     packed again only when a file or a list changed. Interrupted packing is continued. A folder that is neither comes
-    back as it is. reader: as in `clipmill pack`. Sources that cannot be packed are counted on stderr.
+    back as it is. Sources that cannot be packed are counted on stderr.
     """
     if not data.is_dir() or (data / INDEX_FILE).exists() or not find(data, MEDIA_SUFFIXES | IMAGE_SUFFIXES):
         return data
-    corpus = command.read_corpus(command.Args(source=data, out=data, reader=reader))
+    corpus = command.read_corpus(command.Args(source=data, out=data))
     settings = PackSettings()
     sizes = [size_of(source.path) for source in corpus.sources]
     changed = [

@@ -278,25 +278,27 @@ class _Crew:
             if not member.works:
                 self._welcome(member, said_what)
                 continue
-            works, member.works = member.works, ()
-            if isinstance(said_what, _Lost):
-                self._dismiss(member)
-                for work in works:
-                    work.losses += 1
-                    if work.losses < _LOSSES:
-                        again.append(work)
-                    else:
-                        detail = f"{said_what.detail}, {work.losses} times on different workers"
-                        ended.append((work, Failure(said_what.reason, detail)))
-                continue
-            ended += zip(works, said_what, strict=False)
-            again += works[len(said_what) :]
-            member.pace = min(2 * member.pace, _MOST) if len(said_what) == len(works) else len(said_what)
+            done, left = self._settled(member, said_what)
+            ended += done
+            again += left
         if any(member.ready for member in self._members):
             self._alone_since = now
         elif now - self._alone_since > _PLACE_S:
             raise RayError(f"the Ray cluster has had no free processor for {_PLACE_S:g} s; see `ray status`")
         return ended, again
+
+    def _settled(self, member: _Member, answers: Any) -> tuple[list[tuple[_Work, Any]], list[_Work]]:
+        """What became of the tasks that an actor was handed: those that ended, and those for another."""
+        works, member.works = member.works, ()
+        if not isinstance(answers, _Lost):
+            member.pace = min(2 * member.pace, _MOST) if len(answers) == len(works) else len(answers)
+            return list(zip(works, answers, strict=False)), list(works[len(answers) :])
+        self._dismiss(member)
+        for work in works:
+            work.losses += 1
+        how = f"{answers.detail}, {_LOSSES} times on different workers"
+        given_up = [(work, Failure(answers.reason, how)) for work in works if work.losses >= _LOSSES]
+        return given_up, [work for work in works if work.losses < _LOSSES]
 
     def end(self) -> None:
         """Kill all actors, and with them their workers."""

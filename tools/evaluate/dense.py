@@ -23,11 +23,11 @@ from clipmill.pipeline.batch import ClipBatch
 from clipmill.pipeline.loader import Loader
 from clipmill.pipeline.record import ShardIndex
 from clipmill.pipeline.spec import CenterCrop, VideoSpec
-from clipmill.pipeline.views import Placed, View
+from clipmill.pipeline.views import View
 from clipmill.tools.evaluate.evaluator import Progress, silent, write_atomic
 from clipmill.tools.evaluate.features import Compute, require_usable
 from clipmill.tools.evaluate.opening import encoder_digest
-from clipmill.tools.evaluate.views import normalize
+from clipmill.tools.evaluate.views import Placed, normalize
 
 _VERSION = 1  # of the stored files
 _SHORTEST, _LONGEST = 32, 128  # frames of a chunk

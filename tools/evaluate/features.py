@@ -163,10 +163,10 @@ def extract(
     """Run ``model`` in eval mode over all records of ``index``.
 
     keep_views: keep the answers of all views instead of their average; not with clips that overlap, of which records
-    have different numbers. cache: folder in which finished parts are
-    kept every ``flush_s`` seconds and looked for first; None keeps nothing. Raises ValueError, naming the record, for
-    one that the plan cannot serve, that is damaged, or whose features are not finite. The model is moved to the
-    device of ``compute``; its training mode is restored.
+    have different numbers. cache: folder in which finished parts are kept every ``flush_s`` seconds and looked for
+    first; None keeps nothing. Raises ValueError, naming the record, for one that the plan cannot serve, that is
+    damaged, or whose features are not finite. The model is moved to the device of ``compute``; its training mode is
+    restored.
     """
     if keep_views and plan.overlap:
         raise ValueError(

@@ -29,11 +29,12 @@ def over_splits(
     reports = []
     for number in numbers:
         one = replace(config, splits=replace(config.splits, official=(number,)))
-        report = _stored(out / f"split_{number}", _key(encoder, root, one))
+        folder, key = out / f"split_{number}", _key(encoder, root, one)
+        report = _stored(folder, key)
         if report is None:
-            report = evaluate(encoder, root, out / f"split_{number}", one, progress=progress)
-            report = replace(report, digests={**report.digests, "evaluation": _key(encoder, root, one)})
-            report.save(out / f"split_{number}")
+            report = evaluate(encoder, root, folder, one, progress=progress)
+            report = replace(report, digests={**report.digests, "evaluation": key})
+            report.save(folder)
         reports.append(report)
         progress("splits", len(reports), len(numbers), "splits")
     first = reports[0]

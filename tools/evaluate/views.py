@@ -18,7 +18,6 @@ from clipmill.pipeline.record import ShardIndex, VideoRecord
 from clipmill.pipeline.spec import AudioSpec, CenterCrop, Crop, CutCenter, Flip, LogMel, Normalize, Op, VideoSpec
 from clipmill.pipeline.views import (
     Drawn,
-    Placed,
     Planner,
     Segments,
     Short,
@@ -127,6 +126,27 @@ class Rounded:
             frames = tuple(frame for part in parts for frame in part.frames)
             spans.append(Span(view=view.name, frames=frames, start_s=parts[0].start_s))
         return Drawn(tuple(spans))
+
+    def usable(self, index: ShardIndex) -> np.ndarray:
+        """Records with frames."""
+        return index.column("num_frames") > 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Placed:
+    """Clips that begin at given frames, all views of a draw at one. A `Planner`.
+
+    first: (draws,) frame at which the clips of each draw begin, may lie outside the video.
+    """
+
+    views: tuple[View, ...]
+    first: np.ndarray
+    short: Short = "loop"
+
+    def __call__(self, record: VideoRecord, rng: Draws, draw: int) -> Drawn:
+        """See `Planner`."""
+        start = int(self.first[draw % len(self.first)])
+        return Drawn(tuple(clip_span(view, record, start, self.short) for view in self.views))
 
     def usable(self, index: ShardIndex) -> np.ndarray:
         """Records with frames."""
