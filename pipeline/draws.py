@@ -53,6 +53,18 @@ class Draws:
     def __init__(self, *key: int | str) -> None:
         self._state = fold(*key)
 
+    @staticmethod
+    def of(keys: np.ndarray) -> list[Draws]:
+        """One stream for each key that `fold_array` gave.
+
+        >>> Draws.of(fold_array(np.array([fold(7, 0)], np.uint64), "crop"))[0].coin() == Draws(7, 0, "crop").coin()
+        True
+        """
+        streams = [object.__new__(Draws) for _ in range(len(keys))]
+        for stream, key in zip(streams, keys.tolist(), strict=True):
+            stream._state = key
+        return streams
+
     def _next(self) -> int:
         self._state = (self._state + _GOLDEN) & _MASK
         return mix(self._state)

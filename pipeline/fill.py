@@ -20,7 +20,7 @@ from clipmill.pipeline.cache import FrameCache
 from clipmill.pipeline.decode.decoder import DecodeError, Decoder, new_decoder
 from clipmill.pipeline.decode.targets import fill
 from clipmill.pipeline.order import Order
-from clipmill.pipeline.record import ShardIndex, VideoRecord
+from clipmill.pipeline.record import ShardIndex
 from clipmill.pipeline.remote import RemoteReader, extents, open_reader
 from clipmill.pipeline.shard import Reader, ShardError
 from clipmill.pipeline.slot import BatchPlan, BatchPlanner, Job, Shape, Slot
@@ -175,6 +175,7 @@ class Engine:
         stages, damaged = Stages(), {}
         try:
             worker = self._worker()
+            begin_s, before = time.perf_counter(), worker.counters()
             for row in range(low, high):
                 slot.flight[row] = 1
                 try:
@@ -184,9 +185,13 @@ class Engine:
                 except (DecodeError, ShardError) as error:
                     damaged[row] = (plan.records[row].index, str(error))
                 slot.flight[row] = 2
+            read_s, decoded = (after - past for after, past in zip(worker.counters(), before, strict=True))
         except BaseException as error:
             task.fail(error)
             return
+        stages.frames_decoded = decoded
+        stages.read_s += read_s
+        stages.decode_s = time.perf_counter() - begin_s - stages.read_s - stages.copy_s
         if self._remote is not None:
             stages.requests, stages.network_bytes = self._remote.take_traffic()
         if task.done(stages, damaged):
@@ -262,30 +267,27 @@ class _Worker:
         self._cache = cache
         self._sound = [(place, view.name) for place, view in enumerate(views) if view.modality == "audio"]
 
-    def fill(self, plan: BatchPlan, slot: Slot, row: int, stages: Stages) -> None:
-        """Read, decode and copy everything that one sample needs."""
-        begin_s = time.perf_counter()
-        record = plan.records[row]
-        for place, name in self._sound:
-            span = plan.drawn[row].spans[place]
-            slot.sound[name][row] = self._reader.samples(record, span.start_sample, span.num_samples)
-        sound_s = time.perf_counter() - begin_s
-        stages.read_s += sound_s
-        stages.clips += 1
-        targets = plan.targets[row]
-        if not len(targets):
-            return
-        read_s, decoded = self._decoder.read_s, self._decoder.decoded
-        copy_s = self._fill(record, targets, slot.payload)
-        read_s, decoded = self._decoder.read_s - read_s, self._decoder.decoded - decoded
-        stages.read_s += read_s
-        stages.copy_s += copy_s
-        stages.decode_s += time.perf_counter() - begin_s - sound_s - read_s - copy_s
-        stages.frames_decoded += decoded
-        stages.clips_cached += decoded == 0
-        stages.frames_used += 1 + int(np.count_nonzero(np.diff(targets[:, 0])))
+    def counters(self) -> tuple[float, int]:
+        """Seconds that the decoder has spent reading, and the frames it has decoded."""
+        return self._decoder.read_s, self._decoder.decoded
 
-    def _fill(self, record: VideoRecord, targets: np.ndarray, payload: np.ndarray) -> float:
+    def fill(self, plan: BatchPlan, slot: Slot, row: int, stages: Stages) -> None:
+        """Read, decode and copy everything that one sample needs; books what `counters` do not tell."""
+        record = plan.records[row]
+        if self._sound:
+            begin_s = time.perf_counter()
+            for place, name in self._sound:
+                span = plan.drawn[row].spans[place]
+                slot.sound[name][row] = self._reader.samples(record, span.start_sample, span.num_samples)
+            stages.read_s += time.perf_counter() - begin_s
+        stages.clips += 1
+        if plan.used[row] == 0:
+            return
+        targets = plan.targets[row]
         if self._cache is None:
-            return fill(self._decoder, record, targets, payload)
-        return self._cache.fill(self._decoder, record, targets, payload)
+            stages.copy_s += fill(self._decoder, record, targets, slot.payload)
+        else:
+            decoded = self._decoder.decoded
+            stages.copy_s += self._cache.fill(self._decoder, record, targets, slot.payload)
+            stages.clips_cached += self._decoder.decoded == decoded
+        stages.frames_used += plan.used[row]

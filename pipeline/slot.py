@@ -121,13 +121,14 @@ class BatchPlan:
     """All that is decided before the first byte is read.
 
     items: {view: (B, T) table of `ITEM`}. targets: (B, R, 6) int64, the same regions of all views by row and frame,
-    columns `TARGET`.
+    columns `TARGET`. used: different frames of each row.
     """
 
     records: list[VideoRecord]
     drawn: list[Drawn]
     items: dict[str, np.ndarray]
     targets: np.ndarray
+    used: list[int]
     draws: np.ndarray
     payload_bytes: int
 
@@ -153,11 +154,13 @@ class BatchPlanner:
             chosen[row] = (chosen[row] + step) % len(self.index)
         records = [self.index[number] for number in chosen]
         seed = order.seed
-        drawn = [
-            self.planner(record, Draws(seed, number, "plan"), number)
-            for record, number in zip(records, numbers.tolist(), strict=True)
-        ]
         draws = fold_array(np.full(len(numbers), fold(seed), np.uint64), numbers)
+        drawn = [
+            self.planner(record, stream, number)
+            for record, stream, number in zip(
+                records, Draws.of(fold_array(draws, "plan")), numbers.tolist(), strict=True
+            )
+        ]
         heights = np.array([record.height for record in records])
         widths = np.array([record.width for record in records])
         matrices = np.array([MATRICES.index(record.codec.matrix) for record in records])
@@ -173,7 +176,9 @@ class BatchPlanner:
             sizes = (table["w"].astype(np.int64) * table["h"] * 3 // 2).reshape(-1)
             table["offset"] = (end + np.cumsum(sizes) - sizes).reshape(table.shape)
             end += int(sizes.sum())
-        return BatchPlan(records, drawn, items, _targets(list(items.values()), job.count), draws, end)
+        targets = _targets(list(items.values()), job.count)
+        new = np.diff(targets[:, :, 0], prepend=-1, axis=1) != 0
+        return BatchPlan(records, drawn, items, targets, np.count_nonzero(new, 1).tolist(), draws, end)
 
     @staticmethod
     def batch_key(seed: int, job: Job) -> int:

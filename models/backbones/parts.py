@@ -1,4 +1,4 @@
-"""What the backbone families share: scaled widths, stage options, weight initialisation, usual input specs."""
+"""What the backbone families share: scaled widths, stage options, a pooling, first weights, usual input specs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from itertools import accumulate
 from operator import mul
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from clipmill.models.encoder import InputSpec
 
@@ -59,6 +60,14 @@ def video_spec(num_frames: int, size: int, stride: int = 1, channels: int = 3) -
         return InputSpec(num_frames=num_frames, size=size, stride=stride)
     mean, std = (0.0,) * channels, (1.0,) * channels
     return InputSpec(num_frames=num_frames, size=size, stride=stride, channels=channels, mean=mean, std=std)
+
+
+class HalvingPool(nn.Module):
+    """2x2x2 max-pool of stride 2 that leaves alone what is only one cell long, so that short clips pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) to (B, C, T / 2, H / 2, W / 2)."""
+        return F.max_pool3d(x, [min(2, cells) for cells in x.shape[2:]])
 
 
 def init_convolutions(module: nn.Module, init: Init = "fan_out") -> None:

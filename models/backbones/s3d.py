@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.video.s3d import SepInceptionBlock3D, TemporalSeparableConv
 from torchvision.ops import Conv3dNormActivation
 
-from clipmill.models.backbones.parts import STAGES, reductions_of, scaled, video_spec
+from clipmill.models.backbones.parts import STAGES, HalvingPool, reductions_of, scaled, video_spec
 from clipmill.models.encoder import Encoder
 
 # Output channels of an Inception block: branch 0; branch 1 mid, out; branch 2 mid, out; branch 3.
@@ -26,14 +25,6 @@ MIXED_4 = (
     (256, 160, 320, 32, 128, 128),
 )
 MIXED_5 = ((256, 160, 320, 32, 128, 128), (384, 192, 384, 48, 128, 128))
-
-
-class HalvingPool(nn.Module):
-    """2x2x2 max-pool of stride 2 that leaves alone what is only one cell long, so that short clips pass."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) to (B, C, T / 2, H / 2, W / 2)."""
-        return F.max_pool3d(x, [min(2, cells) for cells in x.shape[2:]])
 
 
 class S3D(Encoder):

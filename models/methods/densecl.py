@@ -243,14 +243,18 @@ def imagenet_r101() -> Recipe:
 
 
 def tiny() -> Recipe:
-    """A quarter-width ResNet-18 on 64-pixel frames of a small corpus, about a minute on two CPU cores."""
+    """A quarter-width ResNet-18 on 64-pixel frames of a few thousand pictures, two minutes on two CPU cores.
+
+    Large crops, for the reason of MoCHi's tiny recipe.
+    """
     config = Config(
         encoder=EncoderConfig(name="resnet18", width=0.25),
         size=64,
-        min_area=0.4,
+        min_area=0.6,
         hidden_dim=128,
-        queue_size=128,
-        key_momentum=0.98,
+        queue_size=512,
+        key_momentum=0.99,
+        temperature=0.1,
     )
-    train = {"epochs": 40, "batch_size": 32, "optimiser": "adamw", "lr": 1e-3, "warmup_epochs": 1}
+    train = {"epochs": 30, "batch_size": 64, "optimiser": "adamw", "lr": 1e-3, "warmup_epochs": 1}
     return Recipe(about="a small corpus on a CPU: ResNet-18 x 0.25, 64 pixels", method=config, train=train)

@@ -34,6 +34,7 @@ _PADDING = 64  # zero bytes that FFmpeg wants after what it parses
 _CRC_32_IEEE_LE = 4  # number of the polynomial
 _NO_PTS = -(1 << 63)
 _PACKET_WORDS, _PICTURE_WORDS = 6, 18  # of 64 bits, from the beginning of the structure to the last field used
+_NO_RUNS = np.empty((0, 3), np.int64)
 _EXTRADATA = 16  # bytes into AVCodecParameters: pointer, then size
 
 
@@ -94,19 +95,19 @@ class LibavDecoder:
             return False
         if not 0 <= frames[0] <= frames[-1] < min(record.num_frames, packets):
             return False
+        todo = _NO_RUNS
         if len(record.presentation):
             found = runs(record, np.unique(frames).tolist())
             served = frames.searchsorted([run.wanted[-1] for run in found], "right").tolist()
             todo = np.array([(run.first, run.stop, n) for run, n in zip(found, served, strict=True)], np.int64)
-        else:
-            todo = self._code.closed_runs(record.keyframes, targets)
         self._handles[self._code.CONTEXT] = context = self._context(record)
         place = (self._reader.descriptor(record.shard), record.packet_offset)
         size = (record.height, record.width)
-        while len(todo) and context:
+        while context:
             outcome = self._code.fill(
-                self._calls, self._handles, *self._words, table, todo, *place, targets, payload, size, self._report
-            )
+                self._calls, self._handles, *self._words, table, todo, record.keyframes, *place, targets, payload, size,
+                self._report,
+            )  # fmt: skip
             if outcome <= 0:
                 return outcome == 0
             if outcome > os.fstat(place[0]).st_size + _BUFFER_BYTES:  # a damaged index may ask for any amount

@@ -79,14 +79,21 @@ def closed_runs(keys, targets):
 
 
 @compiled
-def fill(calls, handles, packet, packet32, picture, picture32, table, runs, fd, offset, targets, payload, size, report):
+def fill(
+    calls, handles, packet, packet32, picture, picture32, table, runs, keys, fd, offset, targets, payload, size, report
+):
     """Read, verify, decode and copy. Returns 0, or the bytes the buffer must have, or `UNUSUAL`: anything went wrong.
 
     calls, handles: addresses, see `CALLS` and `CONTEXT`. packet, packet32, picture, picture32: the memory of an
-    AVPacket and an AVFrame as words. table: (packet sizes, CRCs, frame numbers or empty). runs: see `closed_runs`.
+    AVPacket and an AVFrame as words. table: (packet sizes, CRCs, frame numbers or empty). runs: see `closed_runs`, or
+    empty: what it gives for the key packets ``keys``.
     fd, offset: where packet 0 lies. size: (height, width) of the pictures. report: counters, see `READ_US`.
     """
     sizes, crcs, shown = table
+    if len(runs) == 0:
+        runs = closed_runs(keys, targets)
+        if len(runs) == 0:
+            return UNUSUAL
     served = np.zeros(len(targets), np.bool_)
     found, read_from, read_until, position = 0, np.int64(0), np.int64(0), np.int64(0)
     for number in range(len(runs)):

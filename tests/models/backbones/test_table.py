@@ -39,7 +39,7 @@ def some_input(encoder: Encoder, batch: int = 2, num_frames: int = 8, size: tupl
 
 def test_families_are_discovered() -> None:
     expected = {
-        *("resnet18", "resnet34", "resnet50", "resnet101", "audio_resnet18", "r3d_18", "mc3_18", "s3d"),
+        *("resnet18", "resnet34", "resnet50", "resnet101", "audio_resnet18", "r3d_18", "mc3_18", "s3d", "c3d"),
         *("r2plus1d_18", "r2plus1d_18_vmz", "r2plus1d_18_avid"),
         *("slow_r50", "slowfast_r50", "x3d_s", "x3d_m", "csn_r101", "r2plus1d_r50"),
     }

@@ -87,10 +87,22 @@ def test_s3d_has_the_strides_of_a_resnet() -> None:
         ("r2plus1d_18_vmz", 33_165_639),
         ("r2plus1d_18_avid", 15_379_136),
         ("s3d", 8_320_048 - 400 * 1025),
+        ("c3d", 27_655_936 + 2752),  # with normalisation instead of biases
     ],
 )
 def test_parameters_at_width_1(name: str, count: int) -> None:
     assert num_parameters(name) == count
+
+
+def test_c3d_is_that_of_the_paper_up_to_its_dense_layers() -> None:
+    with torch.device("meta"):
+        encoder = build_encoder("c3d", norm=False)
+    count = sum(part.numel() for part in encoder.parameters())
+    dense = (512 * 4 * 4 + 1) * 4096 + (4096 + 1) * 4096 + (4096 + 1) * 101
+    assert count + dense == 78_409_573  # of the common implementations with the 101 classes of UCF101
+    encoder = build_encoder("c3d", width=0.125)
+    shapes = [tuple(encoder.maps(clips(1, 3, 16, 112, 112), stage).shape[2:]) for stage in encoder.stages]
+    assert shapes == [(16, 112, 112), (16, 56, 56), (8, 28, 28), (4, 14, 14), (2, 7, 7)]
 
 
 def test_vmz_form_has_a_mid_width_per_convolution() -> None:
