@@ -1,6 +1,9 @@
 """Finding and naming files whose names and kinds no one would choose."""
 
 import os
+import shutil
+import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -91,6 +94,22 @@ def test_links_pipes_and_folders_with_media_names(tmp_path: Path) -> None:
         "real/a.mp4",
         "self.mp4",
     ]
+
+
+@pytest.mark.slow  # a minute
+def test_a_million_files_are_listed_in_bounded_memory(tmp_path: Path) -> None:
+    for number in range(1000):
+        part = tmp_path / f"{number % 100}" / f"{number}"
+        part.mkdir(parents=True)
+        for file in range(1000):
+            (part / f"{file}.mp4").touch()
+    code = "import resource, sys; from pathlib import Path; from clipmill.datasets.folder import read; "
+    code += "print(len(read(Path(sys.argv[1])).sources), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    told = subprocess.run([sys.executable, "-c", code, tmp_path], check=True, capture_output=True, text=True).stdout
+    count, kilobytes = map(int, told.split())
+    assert count == 1_000_000
+    assert kilobytes < 2 << 20  # about 0.8 GB: a kilobyte for each is more than its text needs
+    shutil.rmtree(tmp_path)
 
 
 def test_a_folder_that_cannot_be_a_corpus(tmp_path: Path) -> None:
