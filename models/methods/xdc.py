@@ -333,7 +333,7 @@ def audioset() -> Recipe:
 
 def _tiny(variant: Variant) -> Recipe:
     return Recipe(
-        about=f"a small corpus on a CPU: {variant.upper()}, R3D-18 x 0.125, ResNet-18 x 0.25, 40 pixels, 1.4 s of sound",
+        about=f"a small corpus on a CPU: {variant.upper()}, R3D-18 x 0.125, ResNet-18 x 0.25, 40 pixels, 1.4 s",
         method=Config(
             variant=variant,
             clusters=16,
