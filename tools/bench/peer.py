@@ -107,7 +107,7 @@ class Webdataset(TorchcodecApproximate):
 
         self.folder = tempfile.TemporaryDirectory()
         path = os.path.join(self.folder.name, "shard-000000.tar")
-        with tarfile.open(path, "w") as tar:
+        with tarfile.open(path, "w", dereference=True) as tar:
             for number, name in enumerate(files):
                 tar.add(name, f"{number:08d}.mp4")
         whole: Any = WebDataset(path, shardshuffle=False, empty_check=False).repeat()
