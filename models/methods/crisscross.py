@@ -275,13 +275,17 @@ def k400() -> Recipe:
 
 
 def tiny_sound() -> Recipe:
-    """The sound half alone, for recordings without pictures such as words: windows of 0.4 s, 80 bands."""
+    """The sound half alone, for recordings without pictures such as words: windows of 0.4 s, 80 bands.
+
+    Both views show one window: a moment later another part of the word is heard.
+    """
     recipe = tiny()
     return Recipe(
         about="a small corpus of recordings on a CPU: ResNet-18 x 0.25, 0.4 s of sound, no pictures",
         method=replace(
             recipe.method,
             sound_only=True,
+            times="same",
             audio_s=0.4,
             mels=80,
             mask_bands=8,
