@@ -39,6 +39,8 @@ def packing(setting: Setting, folder: Path, short_side: int) -> Table:
 
     ffmpeg neither measures nor verifies what it writes, and makes no index; pack does.
     """
+    import av
+
     from clipmill.datasets.folder import read
     from clipmill.pipeline.pack.run import pack
     from clipmill.pipeline.pack.settings import PackSettings
@@ -47,10 +49,12 @@ def packing(setting: Setting, folder: Path, short_side: int) -> Table:
     program = shutil.which("ffmpeg")
     sources, out = videos(folder), setting.folder / "packing"
     settings = PackSettings(short_side=short_side)
-    size = f"scale='if(gt(iw,ih),-2,{short_side})':'if(gt(iw,ih),{short_side},-2)':flags=bicubic,format=yuv420p"
+    wide, tall = (f"trunc({short_side}{by}dar/2+0.5)*2" for by in "*/")
+    shape = f"'if(gt(dar,1),{wide},{short_side})':'if(gt(dar,1),{short_side},{tall})'"
+    size = f"scale={shape}:flags=bicubic,setsar=1,format=yuv420p"
     params = "keyint=8:min-keyint=8:scenecut=0:open-gop=0:bframes=0:ref=1:threads=1"
     encoder = ["-c:v", "libx264", "-preset", "veryfast", "-tune", "fastdecode", "-crf", str(settings.quality)]
-    sound = ["-map", "0:a?", "-c:a", "pcm_s16le", "-ac", "1", "-ar", str(settings.audio_hz)]
+    sound = ["-map", "0:a", "-c:a", "pcm_s16le", "-ac", "1", "-ar", str(settings.audio_hz)]
 
     def ours() -> None:
         shutil.rmtree(out, ignore_errors=True)
@@ -62,7 +66,9 @@ def packing(setting: Setting, folder: Path, short_side: int) -> Table:
             base = [str(program), "-v", "error", "-nostdin", "-y", "-threads", "1", "-filter_threads", "1"]
             video = ["-i", str(path), "-map", "0:v", "-vf", size, *encoder, "-x264-params", params, "-threads", "1"]
             target = str(out / f"{number}")
-            subprocess.run([*base, *video, f"{target}.mp4", *sound, f"{target}.wav"], check=True)
+            with av.open(path) as container:
+                heard = [*sound, f"{target}.wav"] if container.streams.audio else []
+            subprocess.run([*base, *video, f"{target}.mp4", *heard], check=True)
 
     rows: dict[str, list[tuple[float, float]]] = {"clipmill": [], "ffmpeg": []}
     for number in range(setting.rounds):
