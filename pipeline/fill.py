@@ -175,7 +175,7 @@ class Engine:
         stages, damaged = Stages(), {}
         try:
             worker = self._worker()
-            begin_s, before = time.perf_counter(), worker.counters()
+            begin_s, (read_s, decoded) = time.perf_counter(), worker.counters()
             for row in range(low, high):
                 slot.flight[row] = 1
                 try:
@@ -185,12 +185,12 @@ class Engine:
                 except (DecodeError, ShardError) as error:
                     damaged[row] = (plan.records[row].index, str(error))
                 slot.flight[row] = 2
-            read_s, decoded = (after - past for after, past in zip(worker.counters(), before, strict=True))
+            read_until_s, decoded_until = worker.counters()
         except BaseException as error:
             task.fail(error)
             return
-        stages.frames_decoded = decoded
-        stages.read_s += read_s
+        stages.frames_decoded = decoded_until - decoded
+        stages.read_s += read_until_s - read_s
         stages.decode_s = time.perf_counter() - begin_s - stages.read_s - stages.copy_s
         if self._remote is not None:
             stages.requests, stages.network_bytes = self._remote.take_traffic()
