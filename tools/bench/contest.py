@@ -17,7 +17,6 @@ import numpy as np
 
 from clipmill.tools.bench.patterns import Request
 
-_TIE = 0.1  # of what the best place leaves unexplained
 _SHOWN = 8  # requests whose frames are looked at
 
 
@@ -205,9 +204,8 @@ def _right_frames(
     """Share of the requests whose frames look most like those asked for, not like those before or after them.
 
     All frames of a request are compared at once, and only how they change: colour conversions differ between decoders
-    by more than neighbouring frames of a calm scene do, in level and in contrast. Places that fit the pictures equally
-    well, measured by how well the best one fits, count as the right one: streams that were encoded again are not exact.
-    None where a request has one frame only.
+    by more than neighbouring frames of a calm scene do, in level and in contrast. None where a request has one frame
+    only.
     """
     asked = [(file, [frame for frames in clips for frame in frames]) for file, clips, _ in requests[:_SHOWN]]
     shown = process.ask({"show": len(asked)}).get("fingerprints")
@@ -223,8 +221,7 @@ def _right_frames(
                 x, y = np.asarray(known) - np.mean(known, 0), seen - seen.mean(0)
                 norm = float(np.linalg.norm(x) * np.linalg.norm(y))
                 costs[shift] = -float((x * y).sum()) / norm if norm else 0.0
-        best = min(costs.values())
-        good += costs[0] <= best + _TIE * (1 + best)
+        good += min(costs, key=lambda shift: costs[shift]) == 0
     return good / len(asked)
 
 
