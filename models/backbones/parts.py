@@ -1,4 +1,4 @@
-"""What the backbone families share: scaled widths, stage options, a pooling, first weights, usual input specs."""
+"""What the backbone families share: scaled widths, stage options, nets of blocks, first weights, inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipmill.models.encoder import InputSpec
+from clipmill.models.encoder import Encoder, InputSpec
 
 STAGES = ("stem", "res2", "res3", "res4", "res5")
 
@@ -60,6 +60,33 @@ def video_spec(num_frames: int, size: int, stride: int = 1, channels: int = 3) -
         return InputSpec(num_frames=num_frames, size=size, stride=stride)
     mean, std = (0.0,) * channels, (1.0,) * channels
     return InputSpec(num_frames=num_frames, size=size, stride=stride, channels=channels, mean=mean, std=std)
+
+
+class BlockNet(Encoder):
+    """Five blocks over (B, C, T, H, W) and perhaps one that pools; features are the global average of the last."""
+
+    stages = STAGES
+
+    def __init__(
+        self, blocks: nn.ModuleList, dim: int, spec: InputSpec, reductions: dict[str, tuple[int, ...]]
+    ) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.dim, self.spec, self.reductions = dim, spec, reductions
+
+    def maps(self, x: Tensor, stage: str) -> Tensor:
+        """Maps (B, C, T', H', W') of clips after ``stage``."""
+        self.check(x)
+        for block in self.blocks[: self.depth(stage) + 1]:
+            x = block(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (B, D): what the classifier would see, averaged over the clip."""
+        x = self.maps(x, "res5")
+        for pooling in self.blocks[len(STAGES) :]:
+            x = pooling(x)
+        return x.mean((2, 3, 4))
 
 
 class HalvingPool(nn.Module):

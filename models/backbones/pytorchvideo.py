@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from clipmill.models.backbones.parts import STAGES, reductions_of, scaled, video_spec
+from clipmill.models.backbones.parts import STAGES, BlockNet, reductions_of, scaled, video_spec
 from clipmill.models.encoder import Encoder, InputSpec
 
 SPATIAL = (1, 2, 2, 2)
@@ -32,33 +32,6 @@ def _models(name: str) -> ModuleType:
             f"this backbone needs PyTorchVideo, which does not import here ({error}): "
             "run `pip install 'clipmill[pytorchvideo]'`"
         ) from error
-
-
-class BlockNet(Encoder):
-    """Five blocks over (B, C, T, H, W) and perhaps one that pools; features are the global average of the last."""
-
-    stages = STAGES
-
-    def __init__(
-        self, blocks: nn.ModuleList, dim: int, spec: InputSpec, reductions: dict[str, tuple[int, ...]]
-    ) -> None:
-        super().__init__()
-        self.blocks = blocks
-        self.dim, self.spec, self.reductions = dim, spec, reductions
-
-    def maps(self, x: Tensor, stage: str) -> Tensor:
-        """Maps (B, C, T', H', W') of clips after ``stage``."""
-        self.check(x)
-        for block in self.blocks[: self.depth(stage) + 1]:
-            x = block(x)
-        return x
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Features (B, D): what the classifier would see, averaged over the clip."""
-        x = self.maps(x, "res5")
-        for pooling in self.blocks[len(STAGES) :]:
-            x = pooling(x)
-        return x.mean((2, 3, 4))
 
 
 class SlowFast(Encoder):
