@@ -27,6 +27,7 @@ from clipmill.pipeline.slot import BatchPlan, BatchPlanner, Job, Shape, Slot
 from clipmill.pipeline.views import Planner
 
 _CHUNKS = 4  # per thread and batch
+_CLOSED = "the loader was closed before this batch was made"
 _Arrival = AbstractContextManager[float]  # of a clip's bytes: see `RemoteReader.ahead`
 _LOCAL = nullcontext(0.0)
 
@@ -107,6 +108,8 @@ class Engine:
         self._reader = open_reader(index, shard_cache_gb)
         self._remote = self._reader if isinstance(self._reader, RemoteReader) else None
         self._local = threading.local()
+        self._tasks: set[_Task] = set()  # not done yet
+        self._closed = False
         self._planning = ThreadPoolExecutor(1, thread_name_prefix="clipmill-decode-plan")
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="clipmill-decode")
 
@@ -121,7 +124,11 @@ class Engine:
 
         skips: see `BatchPlanner.plan`. alone: one row after the other in one thread.
         """
+        if self._closed:
+            raise RuntimeError(_CLOSED)
         task = _Task(job, self._order, grow, dict(skips or {}), alone)
+        self._tasks.add(task)
+        task.future.add_done_callback(lambda _: self._tasks.discard(task))
         self._planning.submit(self._start, task)
         return task.future
 
@@ -130,11 +137,14 @@ class Engine:
         self._order = order
 
     def close(self) -> None:
-        """Stop the threads; work that has not begun is dropped."""
+        """Stop the threads; work that has not begun is dropped, and whoever waits for it gets a RuntimeError."""
+        self._closed = True
         self._planning.shutdown(wait=True, cancel_futures=True)
         if self._remote is not None:
             self._remote.abandon()
         self._pool.shutdown(wait=True, cancel_futures=True)
+        for task in list(self._tasks):
+            task.fail(RuntimeError(_CLOSED))
         self._reader.close()
 
     def _start(self, task: _Task) -> None:

@@ -1,18 +1,21 @@
 """VideoRecord and ShardIndex: what is packed, where its bytes lie, and nothing that needs decoding to know.
 
 The index is one Arrow IPC file (``index.arrow``) that is memory-mapped: opening costs the same for a thousand and for
-a million records. Row i describes record i; its packet table is enough to read any clip as one byte range of the
-shard and to decode it without opening a container.
+a million records. Of a large one, the lists, which are nearly all of it, are read record by record instead, so that
+memory stays small. Row i describes record i; its packet table is enough to read any clip as one byte range of the shard
+and to decode it without opening a container.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
+import mmap
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -21,15 +24,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from clipmill.pipeline.codec import CodecConfig
+
 SCHEMA_VERSION = 1
 INDEX_FILE = "index.arrow"
 REMOTE_FILE = "remote.json"  # beside the index of a data set whose shards are elsewhere
-AUDIO_BLOCK = 16384  # samples covered by one checksum of the audio track
-_ROWS_PER_BATCH = 1 << 16
 _SHARD_NAME = re.compile(r"[\w\-][\w.\-]*")  # a path in an index could lead anywhere
 
 _LIST_U32 = pa.large_list(pa.uint32())
-_FIELDS: list[tuple[str, pa.DataType]] = [
+FIELDS: list[tuple[str, pa.DataType]] = [
     ("uid", pa.uint64()),
     ("key", pa.large_string()),
     ("source", pa.large_string()),
@@ -55,11 +58,15 @@ _FIELDS: list[tuple[str, pa.DataType]] = [
     ("salvaged", pa.uint8()),
     ("digest", pa.binary(16)),
 ]
-SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in _FIELDS])
-_LISTS = tuple(name for name, kind in _FIELDS if kind == _LIST_U32)
-_TEXTS = tuple(name for name, kind in _FIELDS if not pa.types.is_integer(kind) and kind != _LIST_U32)
-_PLAIN = tuple(name for name, kind in _FIELDS if pa.types.is_integer(kind) and name not in
+SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in FIELDS])
+LISTS = tuple(name for name, kind in FIELDS if kind == _LIST_U32)
+_TEXTS = tuple(name for name, kind in FIELDS if not pa.types.is_integer(kind) and kind != _LIST_U32)
+_PLAIN = tuple(name for name, kind in FIELDS if pa.types.is_integer(kind) and name not in
                ("shard", "codec", "fps_num", "fps_den", "silent", "salvaged"))  # fmt: skip
+
+
+_MOSTLY_MAPPED = 64 << 20  # bytes of the largest index whose lists are mapped like the rest
+_NOTHING = np.empty(0, np.uint32)
 
 
 class IndexFormatError(ValueError):
@@ -69,30 +76,6 @@ class IndexFormatError(ValueError):
 def uid_of(key: str) -> int:
     """The stable 64-bit number of a sample, a hash of its key; label stores and masks are keyed by it."""
     return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CodecConfig:
-    """What a decoder must know before the first packet.
-
-    codec: FFmpeg's decoder name, or ``raw`` for I420. extradata: parameter sets. matrix: YUV matrix, ``bt709``,
-    ``bt601`` or ``bt2020``. full_range: True for 0..255 luma (JPEG), False for 16..235.
-    """
-
-    codec: str
-    extradata: bytes = b""
-    pix_fmt: str = "yuv420p"
-    matrix: str = "bt709"
-    full_range: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-ready form."""
-        return {**asdict(self), "extradata": base64.b64encode(self.extradata).decode()}
-
-    @staticmethod
-    def from_json(data: Mapping[str, Any]) -> CodecConfig:
-        """The inverse of `to_json`."""
-        return CodecConfig(**{**data, "extradata": base64.b64decode(data["extradata"])})
 
 
 class _LazyText:
@@ -161,22 +144,62 @@ def _fraction(numerator: int, denominator: int) -> Fraction:
     return Fraction(numerator, max(denominator, 1))
 
 
-class _Batch:
-    """Zero-copy numpy columns of one Arrow record batch."""
+class _File:
+    """An index file: mapped, and readable without that. Pages that are touched in a map count as memory of the process,
+    and the system maps up to megabytes at a time; what is read from the file is freed with the record."""
 
-    def __init__(self, batch: pa.RecordBatch) -> None:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor)  # with the last record that needs it
+        self._map = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
+        self.buffer = pa.py_buffer(self._map)
+
+    def read(self, offset: int, count: int) -> np.ndarray:
+        """(count,) uint32 from byte ``offset`` on."""
+        data = os.pread(self._descriptor, 4 * count, offset)
+        if len(data) < 4 * count:
+            raise IndexFormatError(f"{self.path}: was cut off while in use; run `clipmill verify {self.path.parent}`")
+        return np.frombuffer(data, np.uint32)
+
+    def forget(self) -> None:
+        """Let go of the pages that were touched; they come back from the file when needed."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+class _Stored:
+    """A column of numbers that is read from the file slice by slice; otherwise like the array."""
+
+    def __init__(self, file: _File, values: pa.UInt32Array) -> None:
+        self._file = file
+        data = values.buffers()[1]
+        self._start = (data.address - file.buffer.address if data else 0) + 4 * values.offset
+        if self._start < 0 or self._start + 4 * len(values) > file.buffer.size:
+            raise ValueError("its columns are compressed")
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        count = part.stop - part.start
+        return self._file.read(self._start + 4 * part.start, count) if count else _NOTHING
+
+
+class _Batch:
+    """Zero-copy numpy columns of one Arrow record batch; the lists of a large index are read when asked for."""
+
+    def __init__(self, file: _File, batch: pa.RecordBatch) -> None:
         self.num_rows = batch.num_rows
         self.fixed: dict[str, np.ndarray] = {}
-        self.lists: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self.lists: dict[str, tuple[np.ndarray, np.ndarray | _Stored]] = {}
         self.texts: dict[str, pa.Array] = {}
-        for name, kind in _FIELDS:
+        large = file.buffer.size > _MOSTLY_MAPPED
+        for name, kind in FIELDS:
             column = batch.column(name)
-            if name in _LISTS:
+            if name in LISTS:
                 offsets = np.frombuffer(column.buffers()[1], np.int64, self.num_rows + 1, column.offset * 8)
-                values = column.values.to_numpy(zero_copy_only=True)
+                values = column.values
                 if offsets[0] < 0 or offsets[-1] > len(values) or (np.diff(offsets) < 0).any():
-                    raise IndexFormatError(f"column {name} points outside its values")
-                self.lists[name] = (offsets, values)
+                    raise ValueError(f"column {name} points outside its values")
+                self.lists[name] = offsets, _Stored(file, values) if large else values.to_numpy(zero_copy_only=True)
             elif pa.types.is_integer(kind):
                 self.fixed[name] = column.to_numpy(zero_copy_only=True)
             else:
@@ -200,7 +223,8 @@ class ShardIndex:
         if not path.is_file():
             raise IndexFormatError(f"{root}: no {INDEX_FILE} there; is this a folder made by `clipmill pack`?")
         try:
-            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            file = _File(path)
+            reader = pa.ipc.open_file(file.buffer)
             meta = {key.decode(): value.decode() for key, value in (reader.schema.metadata or {}).items()}
             version = int(meta.get("clipmill.schema_version", -1))
             if version != SCHEMA_VERSION:
@@ -209,7 +233,8 @@ class ShardIndex:
                 )
             if not reader.schema.equals(SCHEMA, check_metadata=False):
                 raise IndexFormatError(f"{path}: columns differ from schema version {SCHEMA_VERSION}; pack again")
-            self._batches = [_Batch(reader.get_batch(i)) for i in range(reader.num_record_batches)]
+            self._batches = [_Batch(file, reader.get_batch(i)) for i in range(reader.num_record_batches)]
+            file.forget()
             self._shards: list[str] = json.loads(meta["clipmill.shards"])
             if strangers := [name for name in self._shards if not _SHARD_NAME.fullmatch(name)]:
                 raise IndexFormatError(f"{path}: {strangers[0]!r} is no name of a shard in its folder; pack again")
@@ -329,103 +354,3 @@ def url_of(root: Path) -> str:
     """Where the shards of a data set are, empty if they are in its folder."""
     path = root / REMOTE_FILE
     return str(json.loads(path.read_text("utf-8"))["url"]) if path.is_file() else ""
-
-
-def index_digest(records: Iterable[VideoRecord]) -> str:
-    """The digest stored with an index: over keys, labels, splits, positions and content digests of all records."""
-    state = hashlib.blake2b(digest_size=8)
-    for record in records:
-        head = (record.key, record.split, record.label, record.num_frames, record.packet_offset, record.audio_offset)
-        state.update(repr(head).encode("utf-8", "surrogateescape") + record.digest)
-    return state.hexdigest()
-
-
-def _schema_with(
-    shards: Sequence[str], codecs: Sequence[CodecConfig], classes: Sequence[str], digest: str
-) -> pa.Schema:
-    meta = {
-        "clipmill.schema_version": str(SCHEMA_VERSION),
-        "clipmill.shards": json.dumps(list(shards)),
-        "clipmill.codecs": json.dumps([codec.to_json() for codec in codecs]),
-        "clipmill.classes": json.dumps(list(classes)),
-        "clipmill.digest": digest,
-    }
-    return SCHEMA.with_metadata(meta)
-
-
-def write_index(path: Path, records: Sequence[VideoRecord], shards: Sequence[str], classes: Sequence[str]) -> str:
-    """Write records to one Arrow IPC file and return its digest.
-
-    records: their ``shard`` must be one of ``shards`` (names relative to the data set's folder). classes: names by
-    label number. The bytes are a pure function of the arguments.
-    """
-    codecs = list(dict.fromkeys(record.codec for record in records))
-    codec_number = {codec: i for i, codec in enumerate(codecs)}
-    shard_number = {name: i for i, name in enumerate(shards)}
-    digest = index_digest(records)
-    schema = _schema_with(shards, codecs, classes, digest)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for start in range(0, len(records), _ROWS_PER_BATCH):
-            rows = records[start : start + _ROWS_PER_BATCH]
-            columns = [_column(name, kind, rows, shard_number, codec_number) for name, kind in _FIELDS]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
-    return digest
-
-
-def merge_indexes(path: Path, parts: Sequence[Path]) -> tuple[str, int]:
-    """Join the indexes of several folders into one file, in order; returns its digest and number of records.
-
-    parts: folders as for `ShardIndex.open`, each of which may name shards of its own; all have the same classes. The
-    result is what `write_index` would have written for all records, but it never holds more than one batch of them.
-    """
-    indexes = [ShardIndex.open(part) for part in parts]
-    shards = list(dict.fromkeys(name for index in indexes for name in index._shards))
-    codecs = list(dict.fromkeys(codec for index in indexes for codec in index._codecs))
-    digest = index_digest(record for index in indexes for record in index)
-    classes = indexes[0].classes if indexes else []
-    schema = _schema_with(shards, codecs, classes, digest)
-    waiting: list[pa.RecordBatch] = []
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for index in indexes:
-            shard_of = np.array([shards.index(name) for name in index._shards], np.uint32)
-            codec_of = np.array([codecs.index(codec) for codec in index._codecs], np.uint32)
-            with pa.memory_map(str(index.root / INDEX_FILE)) as file:
-                reader = pa.ipc.open_file(file)
-                for number in range(reader.num_record_batches):
-                    batch = reader.get_batch(number)
-                    for name, new in (("shard", shard_of), ("codec", codec_of)):
-                        place = batch.schema.get_field_index(name)
-                        column = pa.array(new[batch.column(name).to_numpy()])
-                        batch = batch.set_column(place, SCHEMA.field(name), column)
-                    waiting.append(batch)
-            while sum(batch.num_rows for batch in waiting) >= _ROWS_PER_BATCH:
-                waiting = _write_rows(writer, schema, waiting, _ROWS_PER_BATCH)
-        if waiting:
-            _write_rows(writer, schema, waiting, _ROWS_PER_BATCH)
-    return digest, sum(len(index) for index in indexes)
-
-
-def _write_rows(writer: Any, schema: pa.Schema, waiting: list[pa.RecordBatch], count: int) -> list[pa.RecordBatch]:
-    """Write the first ``count`` rows as one batch and return the rest."""
-    table = pa.Table.from_batches([batch.replace_schema_metadata(None) for batch in waiting], SCHEMA)
-    for batch in table.slice(0, count).combine_chunks().to_batches():
-        writer.write_batch(pa.record_batch(batch.columns, schema=schema))
-    return table.slice(count).to_batches()
-
-
-def _column(name: str, kind: pa.DataType, rows: Sequence[VideoRecord], shards: dict, codecs: dict) -> pa.Array:
-    if name in _LISTS:
-        values = [np.asarray(getattr(row, name), np.uint32) for row in rows]
-        offsets = np.cumsum([0, *(len(value) for value in values)])
-        flat = np.concatenate([np.empty(0, np.uint32), *values])
-        return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(flat, pa.uint32()))
-    if name == "shard":
-        return pa.array([shards[row.shard] for row in rows], kind)
-    if name == "codec":
-        return pa.array([codecs[row.codec] for row in rows], kind)
-    if name in ("fps_num", "fps_den"):
-        part = "numerator" if name == "fps_num" else "denominator"
-        return pa.array([getattr(row.fps, part) for row in rows], kind)
-    if name in ("silent", "salvaged"):
-        return pa.array([int(getattr(row, name)) for row in rows], kind)
-    return pa.array([getattr(row, name) for row in rows], kind)

@@ -26,9 +26,10 @@ from typing import Any, final
 
 import numpy as np
 
+from clipmill.pipeline.codec import AUDIO_BLOCK
 from clipmill.pipeline.decode.decoder import DecodeError
 from clipmill.pipeline.decode.runs import reads, runs
-from clipmill.pipeline.record import AUDIO_BLOCK, INDEX_FILE, REMOTE_FILE, ShardIndex, VideoRecord, is_url, url_of
+from clipmill.pipeline.record import INDEX_FILE, REMOTE_FILE, ShardIndex, VideoRecord, is_url, url_of
 from clipmill.pipeline.shard import Reader, ShardError, ShardReader, file_digest, sound_blocks
 from clipmill.pipeline.shard_cache import Extent, ShardCache
 from clipmill.pipeline.storage import CONNECTIONS, Storage, StorageError

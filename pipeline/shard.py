@@ -23,7 +23,8 @@ from typing import IO, final
 
 import numpy as np
 
-from clipmill.pipeline.record import AUDIO_BLOCK, VideoRecord
+from clipmill.pipeline.codec import AUDIO_BLOCK
+from clipmill.pipeline.record import VideoRecord
 
 _TAR_BLOCK = 512
 _MEMBER_NAME = re.compile(r"[A-Za-z0-9_\-]+\.[A-Za-z0-9.]+")

@@ -15,8 +15,9 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from clipmill.pipeline.codec import AUDIO_BLOCK
 from clipmill.pipeline.draws import Draws
-from clipmill.pipeline.record import AUDIO_BLOCK, ShardIndex, VideoRecord
+from clipmill.pipeline.record import ShardIndex, VideoRecord
 from clipmill.pipeline.spec import AudioSpec, VideoSpec
 
 Short = Literal["loop", "repeat", "skip"]

@@ -17,7 +17,9 @@ import av
 import numpy as np
 import pytest
 
-from clipmill.pipeline.record import CodecConfig, ShardIndex, VideoRecord, uid_of, write_index
+from clipmill.pipeline.codec import CodecConfig
+from clipmill.pipeline.index_file import write_index
+from clipmill.pipeline.record import ShardIndex, VideoRecord, uid_of
 from clipmill.pipeline.shard import ShardWriter, audio_crcs
 
 AUDIO_HZ = 16000

@@ -190,7 +190,8 @@ def _wrong_frames(decoder: Any, path: Path, codec: str) -> str:
     """Write a tiny stream and read three frames back; says what is wrong with them, "" for nothing."""
     import numpy as np
 
-    from clipmill.pipeline.record import CodecConfig, VideoRecord, uid_of
+    from clipmill.pipeline.codec import CodecConfig
+    from clipmill.pipeline.record import VideoRecord, uid_of
 
     packets = _raw_packets() if codec == "raw" else _packets(*_ENCODED[codec])
     path.write_bytes(b"".join(packets))

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from clipmill.pipeline.record import CodecConfig
+from clipmill.pipeline.codec import CodecConfig
 
 _START = b"\0\0\0\1"
 

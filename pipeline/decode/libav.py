@@ -20,11 +20,12 @@ from functools import lru_cache
 
 import numpy as np
 
+from clipmill.pipeline.codec import CodecConfig
 from clipmill.pipeline.decode import targets as wanted
 from clipmill.pipeline.decode.decoder import Decoder, Emit
 from clipmill.pipeline.decode.pyav import PyavDecoder
 from clipmill.pipeline.decode.runs import runs
-from clipmill.pipeline.record import CodecConfig, VideoRecord
+from clipmill.pipeline.record import VideoRecord
 from clipmill.pipeline.shard import Reader
 
 _MAX_CONTEXTS = 16

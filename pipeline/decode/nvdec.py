@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from clipmill.pipeline.codec import CodecConfig
 from clipmill.pipeline.decode import gpu
 from clipmill.pipeline.decode.annexb import AnnexB
 from clipmill.pipeline.decode.decoder import DecodeError, Decoder, Emit, Planes, UnsupportedCodecError, check
 from clipmill.pipeline.decode.runs import Feed, Run, runs
-from clipmill.pipeline.record import CodecConfig, VideoRecord
+from clipmill.pipeline.record import VideoRecord
 from clipmill.pipeline.shard import Reader
 
 _CODECS = {"h264": "H264", "hevc": "HEVC", "libdav1d": "AV1"}

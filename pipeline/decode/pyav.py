@@ -11,9 +11,10 @@ import numpy as np
 from av.codec.codec import UnknownCodecError
 from av.video.codeccontext import VideoCodecContext
 
+from clipmill.pipeline.codec import CodecConfig
 from clipmill.pipeline.decode.decoder import DecodeError, Decoder, Emit, Planes, UnsupportedCodecError
 from clipmill.pipeline.decode.runs import Feed, Run, runs
-from clipmill.pipeline.record import CodecConfig, VideoRecord
+from clipmill.pipeline.record import VideoRecord
 from clipmill.pipeline.shard import Reader
 
 _MAX_CONTEXTS = 16

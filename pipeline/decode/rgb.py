@@ -13,11 +13,12 @@ from functools import lru_cache
 
 import numpy as np
 
+from clipmill.pipeline.codec import CodecConfig
 from clipmill.pipeline.decode import mp4
 from clipmill.pipeline.decode.decoder import DecodeError, Emit, Planes, UnsupportedCodecError, check
 from clipmill.pipeline.decode.runs import Feed, Run, runs
 from clipmill.pipeline.jit import compiled
-from clipmill.pipeline.record import CodecConfig, VideoRecord
+from clipmill.pipeline.record import VideoRecord
 from clipmill.pipeline.shard import Reader
 from clipmill.pipeline.spec import yuv_to_rgb_matrix
 

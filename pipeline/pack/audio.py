@@ -12,6 +12,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import chain, pairwise
 from typing import IO
 
@@ -21,9 +22,9 @@ from av.audio.frame import AudioFrame
 from av.audio.stream import AudioStream
 from av.packet import Packet
 
+from clipmill.pipeline.codec import AUDIO_BLOCK
 from clipmill.pipeline.pack.outcome import Rejected, Sound
 from clipmill.pipeline.pack.probe import raise_if_memory
-from clipmill.pipeline.record import AUDIO_BLOCK
 
 _JUMP_S = 0.015  # timestamps may tremble by less
 _DRIFT_S = 0.005  # a run whose ends differ by more from their timestamps has another rate than it says
@@ -47,18 +48,25 @@ def to_mono(frame: AudioFrame) -> np.ndarray:
     data = frame.to_ndarray()
     if not frame.format.is_planar:
         data = data.reshape(-1, channels).T
-    data = data.astype(np.float32)
+    data = data.astype(np.float32, copy=False)
     if kind in _SCALES:
         data = data / np.float32(_SCALES[kind]) - np.float32(kind == "u8")
     if channels == 1:
         return data[0]
-    weights = np.array([_WEIGHTS.get(channel.name, _SURROUND) for channel in frame.layout.channels], np.float32)
-    if not weights.any():
-        weights[:] = 1
+    weights = _weights(tuple(channel.name for channel in frame.layout.channels))
     mono = np.zeros(data.shape[1], np.float32)
-    for weight, channel in zip(weights / weights.sum(), data, strict=True):  # in this order on every processor
+    for weight, channel in zip(weights, data, strict=True):  # in this order on every processor
         mono += weight * channel
     return mono
+
+
+@lru_cache(maxsize=64)
+def _weights(channels: tuple[str, ...]) -> np.ndarray:
+    """(channels,) float32, of sum 1."""
+    weights = np.array([_WEIGHTS.get(name, _SURROUND) for name in channels], np.float32)
+    if not weights.any():
+        weights[:] = 1
+    return weights / weights.sum()
 
 
 @dataclass(slots=True)
@@ -122,7 +130,7 @@ class SoundBuffer:
     def read(self, first: int, count: int) -> np.ndarray:
         """(count,) float32 samples of the buffer."""
         self._file.seek(first * 4)
-        return np.frombuffer(self._file.read(count * 4), np.float32)
+        return np.nan_to_num(np.frombuffer(self._file.read(count * 4), np.float32))
 
     def _decode(self, packet: Packet | None, stream: AudioStream) -> None:
         try:
@@ -145,7 +153,7 @@ class SoundBuffer:
                     "layout": frame.layout.name,
                 }
             self.heard.append(Heard(time_s, frame.sample_rate, self._samples, len(wave)))
-            self._file.write(np.nan_to_num(wave).astype(np.float32).tobytes())
+            self._file.write(wave.tobytes())
             self._samples += len(wave)
 
 

@@ -16,13 +16,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipmill.pipeline.codec import AUDIO_BLOCK
 from clipmill.pipeline.decode.decoder import DecodeError, Decoder, UnsupportedCodecError
 from clipmill.pipeline.decode.pyav import PyavDecoder
 from clipmill.pipeline.decode.raw import RawDecoder
+from clipmill.pipeline.index_file import index_digest
 from clipmill.pipeline.pack.audio import HEADER_BYTES, wav_header
 from clipmill.pipeline.pack.engine import Engine, Failure
 from clipmill.pipeline.pack.write import DATASET_FILE, MANIFEST_FILE, REJECTS_FILE, content_digest
-from clipmill.pipeline.record import AUDIO_BLOCK, INDEX_FILE, SCHEMA_VERSION, ShardIndex, VideoRecord, index_digest
+from clipmill.pipeline.record import INDEX_FILE, SCHEMA_VERSION, ShardIndex, VideoRecord
 from clipmill.pipeline.remote import local_copy
 from clipmill.pipeline.shard import Reader, ShardError, ShardReader, file_digest, members
 

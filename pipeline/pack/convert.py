@@ -22,6 +22,7 @@ _SPACES = {
     1: ("bt709", "bt709"), 5: ("bt470bg", "bt601"), 6: ("smpte170m", "bt601"), 9: ("bt2020ncl", "bt2020"),
     10: ("bt2020ncl", "bt2020"), 4: ("fcc", ""), 7: ("smpte240m", ""), 8: ("ycgco", ""),
 }  # fmt: skip
+_TICK = Fraction(1, 1000)  # of the filters; they do not use it
 _H273 = {"bt709": 1, "bt601": 6, "bt2020": 9}
 _TURNS = {(False, False): "", (True, False): "hflip", (False, True): "vflip", (True, True): "hflip,vflip"}
 _TRANSPOSES = {(1, 1): "cclock_flip", (1, -1): "clock", (-1, 1): "cclock", (-1, -1): "clock_flip"}
@@ -120,7 +121,7 @@ class Converter:
             self._look = look
         if self._graph is not None:
             _, source, sink = self._graph
-            frame.pts, frame.time_base = 0, Fraction(1, 1000)
+            frame.pts, frame.time_base = 0, _TICK
             source.push(frame)
             frame = sink.pull()
         return frame
@@ -166,7 +167,7 @@ def _graph(look: Look, filters: list[str]) -> tuple[Graph, Any, Any]:
         "buffer",
         video_size=f"{look.width}x{look.height}",
         pix_fmt=look.pix_fmt,
-        time_base="1/1000",
+        time_base=str(_TICK),
         pixel_aspect="1/1",
         colorspace=str(space),
         range="pc" if look.full_range else "tv",

@@ -15,7 +15,7 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 
 from clipmill.pipeline.pack.probe import raise_if_memory
-from clipmill.pipeline.pack.verify import plane_rows
+from clipmill.pipeline.pack.verify import rows
 
 # these mark damaged frames as such; others fill gaps with what is in their memory and say nothing, unless told to fail
 _SAY_ERRORS = ("h264",)
@@ -44,21 +44,20 @@ class Decoder:
 
     def decode(self, packet: Packet | None) -> tuple[list[VideoFrame], bool]:
         """Frames, and whether one of them is damaged though none says so. Raises what FFmpeg does."""
+        if self._level is None:
+            return self._context.decode(packet), False
         try:
             with _log(self._level) as lines:
                 frames = self._context.decode(packet)
         finally:
             others = None if self._twin is None else self._twin.decode(packet)
-        damaged = any(line[0] <= (self._level or 0) and self._text in line[2] for line in lines)
+        damaged = any(line[0] <= self._level and self._text in line[2] for line in lines)
         return frames, damaged or (others is not None and not _equal(frames, others))
 
 
 @contextmanager
-def _log(level: int | None) -> Iterator[list[Any]]:
+def _log(level: int) -> Iterator[list[Any]]:
     """What FFmpeg logs in this thread up to a level, as (level, name, text)."""
-    if level is None:
-        yield []
-        return
     before, skipped = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_skip_repeated(False)
     av.logging.set_level(level)
@@ -109,4 +108,4 @@ def _pixels(frame: VideoFrame) -> list[np.ndarray]:
     form = frame.format
     bits = max(one.bits for one in form.components) if form.is_planar else form.padded_bits_per_pixel
     widths = [plane.width * ((bits + 7) // 8) for plane in frame.planes]
-    return [rows[:, :width] for rows, width in zip(plane_rows(frame), widths, strict=True)]
+    return [rows(plane, width) for plane, width in zip(frame.planes, widths, strict=True)]

@@ -21,11 +21,11 @@ from av.packet import Packet
 from av.video.frame import PictureType, VideoFrame
 from av.video.stream import VideoStream
 
+from clipmill.pipeline.codec import CodecConfig
 from clipmill.pipeline.pack.convert import Canvas, h273
 from clipmill.pipeline.pack.outcome import Picture, Rejected
 from clipmill.pipeline.pack.settings import PackSettings
 from clipmill.pipeline.pack.verify import LOSSLESS_DB, Check, planes, read_table
-from clipmill.pipeline.record import CodecConfig
 
 _TIMELESS = Fraction(1, 25)  # the encoder counts frames; equal parameter sets at all rates let decoders be shared
 _GPU_SIDE = 64  # x265 corrupts memory with smaller pictures (seen at 64x48)
@@ -107,7 +107,7 @@ class Mp4Writer:
             canvas.height,
             ("yuvj420p" if settings.full_range else "yuv420p"),
         )
-        self._stream.time_base = 1 / fps
+        self._tick = self._stream.time_base = 1 / fps
         context = self._stream.codec_context
         context.thread_count = 1
         context.color_range = 2 if settings.full_range else 1
@@ -180,12 +180,14 @@ class Mp4Writer:
 
     def _mux(self, packets: list[Packet]) -> None:
         for packet in packets:
-            payload = _with_lengths(bytes(packet)) if self._prefix else bytes(packet)
+            payload = bytes(packet)
+            if self._prefix:
+                payload = _with_lengths(payload)
             self._crcs.append(zlib.crc32(payload))
             assert self._check is not None
             assert packet.pts is not None
             self._check.packet(payload, packet.pts)
-            packet.time_base = 1 / self._fps
+            packet.time_base = self._tick
             packet.duration = 1
             self._container.mux(packet)
 

@@ -17,6 +17,7 @@ import numpy as np
 from av.container import OutputContainer
 from av.video.frame import VideoFrame
 
+from clipmill.pipeline.codec import CodecConfig
 from clipmill.pipeline.decode.decoder import DecodeError, Planes
 from clipmill.pipeline.decode.pyav import PyavDecoder
 from clipmill.pipeline.pack.convert import Converter
@@ -25,7 +26,7 @@ from clipmill.pipeline.pack.outcome import Picture, Rejected
 from clipmill.pipeline.pack.probe import Media, choose_video, raise_if_memory
 from clipmill.pipeline.pack.scan import Walk
 from clipmill.pipeline.pack.verify import LOSSLESS_DB, planes, read_table
-from clipmill.pipeline.record import CodecConfig, VideoRecord
+from clipmill.pipeline.record import VideoRecord
 from clipmill.pipeline.shard import ShardError, ShardReader
 
 

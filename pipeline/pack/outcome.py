@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from clipmill.pipeline.record import CodecConfig
+from clipmill.pipeline.codec import CodecConfig
 
 Status = Literal["ok", "salvaged", "rejected"]
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from fractions import Fraction
+from math import lcm
 
 import av
 import numpy as np
@@ -17,7 +18,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from clipmill.pipeline.pack.probe import Media, raise_if_memory
-from clipmill.pipeline.pack.timeline import Clock, Rate, frame_rate
+from clipmill.pipeline.pack.timeline import Clock, Rate, Time, frame_rate
 
 _JOINED = ("mpegts", "mpeg", "mpegvideo", "rm", "ogg")  # formats that are cut and joined at any byte
 _DURATION_KNOWN = ("matroska,webm", "flv", "asf")  # formats whose header says how long the file is
@@ -36,13 +37,20 @@ class Walk:
     def __init__(self, container: InputContainer, streams: Sequence[Stream]) -> None:
         self._container = container
         self._chosen = {stream.index for stream in streams}
+        self._per_s = lcm(*(stream.time_base.denominator for stream in container.streams if stream.time_base))
+        self._ticks: dict[int, Time] = {}  # of each stream, in units of the clock
+        self._end: Time = 0
         self.cut = ""
         self.joints = 0
-        self.end_s = Fraction(0)
+
+    @property
+    def end_s(self) -> Fraction:
+        """Latest end of any packet so far, in seconds."""
+        return Fraction(self._end) / self._per_s
 
     def __iter__(self) -> Iterator[Packet]:
         """Every packet with its times moved onto the clock, and at the end an empty one per stream."""
-        clock = Clock(joined=self._container.format.name in _JOINED)
+        clock = Clock(joined=self._container.format.name in _JOINED, per_s=self._per_s)
         held: dict[int, list[Packet]] = {}
         doubted: dict[int, Packet] = {}
         packets = self._container.demux()
@@ -56,17 +64,22 @@ class Walk:
                 self.cut = error.strerror
                 break
             number = packet.stream_index
-            if not packet.size or packet.stream.type not in ("video", "audio"):
+            if not packet.size:
+                continue
+            if number not in self._ticks:
+                self._ticks[number] = self._tick(packet)
+            tick = self._ticks[number]
+            if tick < 0:
                 continue
             section = clock.section(number)
-            move_s = clock.move(number, _time_s(packet), (packet.duration or 0) * (packet.time_base or Fraction(0)))
+            move = clock.move(number, _time(packet, tick), (packet.duration or 0) * tick)
             before = doubted.pop(number, None)
             if before is not None:
-                self._set_times(before, move_s if clock.agreed else None)
-            if move_s is None:
+                self._set_times(before, move if clock.agreed else None)
+            if move is None:
                 doubted[number] = packet
             else:
-                self._set_times(packet, move_s)
+                self._set_times(packet, move)
             if number not in self._chosen:
                 continue
             joint = clock.section(number) != section
@@ -75,7 +88,7 @@ class Walk:
                 for one in waiting:
                     one.is_corrupt = False
             blamed = any(one.is_corrupt for one in waiting) and len(waiting) <= _BLAMED and not joint
-            if move_s is None or blamed:
+            if move is None or blamed:
                 held[number] = waiting
             else:
                 yield from waiting
@@ -85,22 +98,30 @@ class Walk:
             yield from waiting
         self.joints = clock.joints
 
-    def _set_times(self, packet: Packet, move_s: Fraction | None) -> None:
+    def _tick(self, packet: Packet) -> Time:
+        """One tick of a packet's stream in units of the clock; 0 without a time base, -1 if it is not to be walked."""
+        if packet.stream.type not in ("video", "audio"):
+            return -1
+        ticks = (packet.time_base or Fraction(0)) * self._per_s
+        return ticks.numerator if ticks.denominator == 1 else ticks
+
+    def _set_times(self, packet: Packet, move: Time | None) -> None:
         """Move a packet's times; None = forget them."""
-        time_s, tick = _time_s(packet), packet.time_base
-        if move_s is None or time_s is None or not tick:
+        tick = self._ticks[packet.stream_index]
+        time = _time(packet, tick)
+        if move is None or time is None:
             packet.pts = packet.dts = None
             return
-        if packet.pts is not None and abs(packet.pts * tick - time_s) > _REORDER_S:
+        if packet.pts is not None and abs(packet.pts * tick - time) > _REORDER_S * self._per_s:
             packet.pts = None
-        ticks = round(move_s / tick)
+        ticks = round(Fraction(move) / tick) if move else 0
         packet.pts, packet.dts = _moved(packet.pts, ticks), _moved(packet.dts, ticks)
-        self.end_s = max(self.end_s, time_s + move_s + (packet.duration or 0) * tick)
+        self._end = max(self._end, time + move + (packet.duration or 0) * tick)
 
 
-def _time_s(packet: Packet) -> Fraction | None:
+def _time(packet: Packet, tick: Time) -> Time | None:
     time = packet.dts if packet.dts is not None else packet.pts
-    return None if time is None or not packet.time_base else time * packet.time_base
+    return None if time is None or not tick else time * tick
 
 
 def _moved(time: int | None, ticks: int) -> int | None:

@@ -13,11 +13,11 @@ import numpy as np
 from av.video.frame import VideoFrame
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from clipmill.pipeline.codec import CodecConfig
 from clipmill.pipeline.pack.outcome import Picture, Rejected
 from clipmill.pipeline.pack.probe import Media
 from clipmill.pipeline.pack.settings import MAX_SIDE, PackSettings
 from clipmill.pipeline.pack.verify import Check
-from clipmill.pipeline.record import CodecConfig
 
 _FORMATS = ["JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF"]
 _MAX_PIXELS = 300_000_000

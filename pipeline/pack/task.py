@@ -19,7 +19,6 @@ from av.video.stream import VideoStream
 from clipmill.pipeline.pack.audio import SoundBuffer, lay_out
 from clipmill.pipeline.pack.convert import Canvas
 from clipmill.pipeline.pack.encode import encode
-from clipmill.pipeline.pack.keep import keep
 from clipmill.pipeline.pack.normalise import DamagedError, Normaliser, Notes, Pictures, Window, longest_run
 from clipmill.pipeline.pack.outcome import Picture, Rejected, Result, Sound
 from clipmill.pipeline.pack.probe import Media, choose_audio, choose_video, is_cover, is_picture
@@ -232,6 +231,8 @@ class _Film:
             path = self._task.stem + self._settings.suffix
             try:
                 if self._settings.profile == "copy":
+                    from clipmill.pipeline.pack.keep import keep  # with the loader's own decoder, and so with Arrow
+
                     picture = keep(self._media, one, frames, window, path)
                 else:
                     picture = encode(frames, path, self._settings, _canvas(one), one.fps)

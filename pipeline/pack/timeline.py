@@ -1,6 +1,6 @@
 """What is shown when: one clock for all streams, the frame rate of a source, and frames at constant rate.
 
-Pure functions of timestamps; nothing here opens a file. Times are exact (`Fraction`, in seconds) or integer ticks.
+Pure functions of timestamps; nothing here opens a file. Times are exact: fractions of seconds, or integer ticks.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Generic, TypeVar
 import numpy as np
 
 T = TypeVar("T")
+Time = int | Fraction
 
-_BACK_S = Fraction(1, 2)  # decode times never step back; by more than this they have started again
+_BACK_S = 0.5  # decode times never step back; by more than this they have started again
 _AHEAD_S = 10  # in formats that are cut and joined freely, a longer hole is a joint and not a pause
 _DOUBT_S = 2  # the packet after a longer hole needs another one that agrees with it
 _NEVER_S = 600  # no pause before a last frame is longer
@@ -31,19 +32,22 @@ class Clock:
     The first stream that jumps decides how far everything after the joint is moved, and the others are moved by the
     same amount when they reach it, so that sound and picture stay together. A jump counts once the next packet agrees
     with it; a single packet elsewhere in time has a damaged timestamp. joined: the format is one whose files are cut
-    and joined at will; there a long hole is a joint as well, elsewhere it is a pause.
+    and joined at will; there a long hole is a joint as well, elsewhere it is a pause. per_s: units of time in a second;
+    with a common multiple of the streams' clock rates all times are integers, which is much faster.
     """
 
-    def __init__(self, joined: bool) -> None:
+    def __init__(self, joined: bool, per_s: int = 1) -> None:
         self._joined = joined
-        self._moves = [Fraction(0)]
+        self._back, self._doubtful = -_BACK_S * per_s, _DOUBT_S * per_s
+        self._ahead, self._never = _AHEAD_S * per_s, _NEVER_S * per_s
+        self._moves: list[Time] = [0]
         self._section: dict[int, int] = {}
-        self._next: dict[int, Fraction] = {}
-        self._doubt: dict[int, Fraction] = {}
+        self._next: dict[int, Time] = {}
+        self._doubt: dict[int, Time] = {}
         self.agreed = False
 
-    def move(self, stream: int, time: Fraction | None, duration: Fraction) -> Fraction | None:
-        """Seconds to add to this packet's timestamps. time: its decode time, or presentation time without one.
+    def move(self, stream: int, time: Time | None, duration: Time) -> Time | None:
+        """What to add to this packet's timestamps. time: its decode time, or presentation time without one.
 
         None: the time is doubted. If `agreed` is True after the stream's next call, that one's answer holds for both;
         otherwise the doubted timestamps must be ignored.
@@ -52,17 +56,17 @@ class Clock:
         section = self._section.get(stream, 0)
         if time is None:
             return self._moves[section]
-        duration = min(duration, Fraction(_AHEAD_S))
+        duration = min(duration, self._ahead)
         expected = self._next.get(stream, time + self._moves[section])
         jump = time + self._moves[section] - expected
         doubted = self._doubt.pop(stream, None)
-        if not -_BACK_S <= jump <= _DOUBT_S:
+        if not self._back <= jump <= self._doubtful:
             if doubted is None or (doubted < 0) != (jump < 0):
                 self._doubt[stream] = jump
                 self._next[stream] = expected + duration
                 return None
             self.agreed = True
-            if jump < 0 or (self._joined and jump > _AHEAD_S):
+            if jump < 0 or (self._joined and jump > self._ahead):
                 section += 1
                 self._section[stream] = section
                 if section == len(self._moves):
@@ -70,9 +74,9 @@ class Clock:
         self._next[stream] = time + self._moves[section] + duration
         return self._moves[section]
 
-    def settle(self, stream: int) -> Fraction | None:
+    def settle(self, stream: int) -> Time | None:
         """As `move`, for a last packet that is still doubted: a pause before it is believed, a joint is not."""
-        pause = 0 < self._doubt[stream] <= (_AHEAD_S if self._joined else _NEVER_S)
+        pause = 0 < self._doubt[stream] <= (self._ahead if self._joined else self._never)
         return self._moves[self.section(stream)] if pause else None
 
     def section(self, stream: int) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
+from av.video.plane import VideoPlane
 
 from clipmill.pipeline.pack.outcome import Rejected
 
@@ -21,16 +22,14 @@ _LOWEST_DB = 12.0  # no encoder does worse on any frame; a wrong frame does
 
 def planes(frame: VideoFrame) -> list[np.ndarray]:
     """Y, U and V of an 8-bit 4:2:0 frame without copying."""
-    return [rows[:, : plane.width] for rows, plane in zip(plane_rows(frame), frame.planes, strict=True)]
+    return [rows(plane, plane.width) for plane in frame.planes]
 
 
-def plane_rows(frame: VideoFrame) -> list[np.ndarray]:
-    """(H, line size) bytes of each plane of any frame, without copying."""
-    result = []
-    for plane in frame.planes:
-        rows = np.frombuffer(cast(Any, plane), np.uint8).reshape(-1, abs(plane.line_size))
-        result.append(rows[: plane.height][:: 1 if plane.line_size > 0 else -1])  # it may lie upside down in memory
-    return result
+def rows(plane: VideoPlane, width: int) -> np.ndarray:
+    """(H, width) the first bytes of each row of a plane of any frame, without copying."""
+    height, line_size = plane.height, plane.line_size
+    shown = np.ndarray((height, width), np.uint8, cast(Any, plane), strides=(abs(line_size), 1))
+    return shown if line_size > 0 else shown[::-1]  # it may lie upside down in memory
 
 
 def psnr_db(squared_error: float, samples: int) -> float:
@@ -101,8 +100,8 @@ def _squared_error(a: VideoFrame, b: VideoFrame) -> tuple[int, int]:
         raise Rejected("verify", f"a {a.width}x{a.height} frame comes back as {b.width}x{b.height}")
     total = samples = 0
     for one, two in zip(planes(a), planes(b), strict=True):
-        difference = np.subtract(one, two, dtype=np.int16)
-        total += int(np.multiply(difference, difference, dtype=np.int32).sum(dtype=np.int64))
+        difference = (np.maximum(one, two) - np.minimum(one, two)).ravel().astype(np.float64)
+        total += int(np.einsum("i,i", difference, difference))  # exact: whole numbers below 2**53
         samples += difference.size
     return total, samples
 

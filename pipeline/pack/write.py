@@ -23,18 +23,12 @@ import pyarrow.parquet as pq
 
 from clipmill import __version__
 from clipmill.datasets.source import Corpus, Source
+from clipmill.pipeline.codec import CodecConfig
+from clipmill.pipeline.index_file import merge_indexes, write_index
 from clipmill.pipeline.pack.audio import HEADER_BYTES
 from clipmill.pipeline.pack.outcome import Picture, Result, Sound
 from clipmill.pipeline.pack.settings import PackSettings
-from clipmill.pipeline.record import (
-    INDEX_FILE,
-    SCHEMA_VERSION,
-    CodecConfig,
-    VideoRecord,
-    merge_indexes,
-    uid_of,
-    write_index,
-)
+from clipmill.pipeline.record import INDEX_FILE, SCHEMA_VERSION, VideoRecord, uid_of
 from clipmill.pipeline.shard import ShardWriter, file_digest
 
 WORK_FOLDER = ".pack"

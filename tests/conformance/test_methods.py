@@ -22,11 +22,12 @@ from clipmill.models.encoder import EncoderConfig, load_encoder, save_encoder
 from clipmill.models.method import EpochContext, Method, Output, method_class, method_names, recipes
 from clipmill.pipeline import checkpoint, dist
 from clipmill.pipeline.batch import ClipBatch
+from clipmill.pipeline.codec import CodecConfig
 from clipmill.pipeline.config import TrainConfig
 from clipmill.pipeline.draws import Draws
 from clipmill.pipeline.log import read_log
 from clipmill.pipeline.optim import build_optimizer, set_lr
-from clipmill.pipeline.record import CodecConfig, ShardIndex, VideoRecord
+from clipmill.pipeline.record import ShardIndex, VideoRecord
 from clipmill.pipeline.ring import LoaderConfig
 from clipmill.pipeline.slot import Shape
 from clipmill.pipeline.spec import AudioSpec, VideoSpec

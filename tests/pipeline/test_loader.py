@@ -194,6 +194,20 @@ def test_leaving_early_frees_threads_and_the_loader_can_go_on(dataset):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("clipmill-decode")]
 
 
+@pytest.mark.parametrize("processes", [0, 1])
+def test_batches_that_outlive_their_loader_hang_nobody(dataset, processes):
+    with Loader(dataset, clip_planner(), batch_size=1, repeat=50, config=LoaderConfig(processes=processes)) as loader:
+        dropped, asked = loader.epoch(0), loader.epoch(1)
+        next(dropped)
+        next(asked)
+    ended = threading.Thread(target=dropped.close, daemon=True)
+    ended.start()
+    ended.join(20)
+    assert not ended.is_alive()
+    with pytest.raises(RuntimeError, match=r"closed before|decode process"):
+        list(asked)
+
+
 def test_unusable_requests_are_one_clear_error(dataset):
     with pytest.raises(ValueError, match="do not fill one batch of 100 x 1"):
         Loader(dataset, clip_planner(), batch_size=100)

@@ -1,4 +1,6 @@
+import os
 import pickle
+import shutil
 import tarfile
 import zlib
 
@@ -6,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from clipmill.pipeline.record import IndexFormatError, ShardIndex
+from clipmill.pipeline.record import LISTS, IndexFormatError, ShardIndex
 from clipmill.pipeline.shard import ShardError, ShardReader, ShardWriter, members
 
 
@@ -41,6 +43,38 @@ def test_index_is_mapped_not_loaded(dataset):
     index = ShardIndex.open(dataset.root)
     assert index[5].num_frames == 45
     assert pa.total_allocated_bytes() - before < 4096
+
+
+def test_lists_of_a_large_index_are_read_and_not_mapped(dataset, tmp_path, monkeypatch):
+    mapped = list(dataset)
+    copy = tmp_path / "index.arrow"
+    shutil.copy(dataset.root / "index.arrow", copy)
+    monkeypatch.setattr("clipmill.pipeline.record._MOSTLY_MAPPED", 0)
+    index = ShardIndex.open(tmp_path)
+    for one, other in zip(index, mapped, strict=True):
+        for name in LISTS:
+            assert getattr(one, name).dtype == np.uint32
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    assert pickle.loads(pickle.dumps(index.select(np.array([4]))))[0].packet_sizes.tolist() == [*mapped[4].packet_sizes]
+    np.testing.assert_array_equal(index.column("packet_sizes"), dataset.column("packet_sizes"))
+    files = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
+    for _ in range(20):
+        ShardIndex.open(tmp_path)
+    if files:
+        assert len(os.listdir("/proc/self/fd")) <= files + 4
+    os.truncate(copy, 0)
+    with pytest.raises(IndexFormatError, match="cut off while in use"):
+        index._batches[0].lists["packet_sizes"][1][0:3]
+
+
+def test_a_large_index_must_not_be_compressed(dataset, tmp_path, monkeypatch):
+    with pa.ipc.open_file(dataset.root / "index.arrow") as reader:
+        options = pa.ipc.IpcWriteOptions(compression="zstd")
+        with pa.ipc.new_file(str(tmp_path / "index.arrow"), reader.schema, options=options) as writer:
+            writer.write_batch(reader.get_batch(0))
+    monkeypatch.setattr("clipmill.pipeline.record._MOSTLY_MAPPED", 0)
+    with pytest.raises(IndexFormatError, match="compressed"):
+        ShardIndex.open(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["missing", "text", "cut", "version"])

@@ -24,10 +24,11 @@ import pytest
 import torch
 
 from clipmill.pipeline import storage as storage_module
+from clipmill.pipeline.codec import AUDIO_BLOCK
 from clipmill.pipeline.decode.runs import runs
 from clipmill.pipeline.loader import DamageBudgetError, Loader, LoaderConfig
 from clipmill.pipeline.log import Clock
-from clipmill.pipeline.record import AUDIO_BLOCK, ShardIndex
+from clipmill.pipeline.record import ShardIndex
 from clipmill.pipeline.remote import RemoteReader, extents, open_reader
 from clipmill.pipeline.shard import ShardError, ShardReader, file_digest
 from clipmill.pipeline.shard_cache import ShardCache

@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from clipmill.pipeline import audio
+from clipmill.pipeline.codec import AUDIO_BLOCK
 from clipmill.pipeline.draws import Draws, fold
+from clipmill.pipeline.index_file import write_index
 from clipmill.pipeline.loader import Loader, LoaderConfig
-from clipmill.pipeline.record import AUDIO_BLOCK, ShardIndex, write_index
+from clipmill.pipeline.record import ShardIndex
 from clipmill.pipeline.sound_spec import AudioSpec, LogMel, MelCrop, TimeWarp
 from clipmill.pipeline.sound_views import TwoMoments, timed_frames
 from clipmill.pipeline.spec import VideoSpec

@@ -22,8 +22,9 @@ from torch import nn
 
 from clipmill.models import method as method_module
 from clipmill.models.method import Method, Output, Recipe
+from clipmill.pipeline.index_file import write_index
 from clipmill.pipeline.loader import Loader, LoaderConfig
-from clipmill.pipeline.record import ShardIndex, write_index
+from clipmill.pipeline.record import ShardIndex
 from clipmill.pipeline.shard import file_digest
 from clipmill.pipeline.spec import AudioSpec, Cutout, Flip, Normalize, VideoSpec, WholeFrame
 from clipmill.pipeline.views import Clips, Uniform, View

@@ -121,6 +121,7 @@ def _tables(args: Args, setting: Setting) -> Iterator[Table]:
     """All tables that were asked for, one after the other."""
     from clipmill.tools.bench import million, parts, tracks
     from clipmill.tools.bench.corpus import make_footage, pack_corpus, videos
+    from clipmill.tools.bench.packing import packing
     from clipmill.tools.bench.patterns import PATTERNS
 
     if args.data is None:
@@ -146,7 +147,7 @@ def _tables(args: Args, setting: Setting) -> Iterator[Table]:
         elif track == "gop":
             yield from tracks.gop_lengths(setting, folder, args.short_side)
         elif track == "pack":
-            yield parts.packing(setting, folder, args.short_side)
+            yield packing(setting, folder, args.short_side)
         elif track == "augment":
             yield parts.augmenting(setting, data, _device(args.device))
         elif track == "step":

@@ -14,8 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
-from clipmill.pipeline.record import INDEX_FILE, ShardIndex, VideoRecord, uid_of, write_index
+from clipmill.pipeline.index_file import write_index
+from clipmill.pipeline.record import INDEX_FILE, ShardIndex, VideoRecord, uid_of
 from clipmill.tools.bench.memory import status_mb
+
+_FEW = 1000
 
 
 class Repeated(Sequence[VideoRecord]):
@@ -62,15 +65,25 @@ def measure(index: ShardIndex, folder: Path, count: int, frames: int) -> dict[st
         link = folder / shard.name
         if not link.exists():
             link.symlink_to(shard.resolve())
+    shards = [path.name for path in index.shards]
+    write_index(folder / INDEX_FILE, Repeated(index, _FEW, frames), shards, [])
+    few = _trials(folder)
     start_s = time.perf_counter()
-    write_index(folder / INDEX_FILE, Repeated(index, count, frames), [path.name for path in index.shards], [])
+    write_index(folder / INDEX_FILE, Repeated(index, count, frames), shards, [])
     facts: dict[str, Any] = {"records": count, "frames_per_record": frames, "write_s": time.perf_counter() - start_s}
     facts["file_mb"] = (folder / INDEX_FILE).stat().st_size / 1e6
+    facts |= _trials(folder)
+    (folder / INDEX_FILE).unlink()
+    facts["same_with_few_mb"] = few["resident_mb"]  # the program and its first batches
+    facts["index_mb"] = facts["resident_mb"] - few["resident_mb"]
+    return facts | order_of(count)
+
+
+def _trials(folder: Path) -> dict[str, float]:
+    """What `use` says in five fresh processes, medians."""
     command = [sys.executable, "-m", "clipmill.tools.bench.million", str(folder)]
     trials = [json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(5)]
-    (folder / INDEX_FILE).unlink()
-    facts |= {name: sorted(trial[name] for trial in trials)[2] for name in trials[0]}
-    return facts | order_of(count)
+    return {name: sorted(trial[name] for trial in trials)[2] for name in trials[0]}
 
 
 def order_of(records: int, world: int = 1024, batch: int = 8) -> dict[str, Any]:

@@ -1,13 +1,9 @@
-"""Tracks without contestants: packing against ffmpeg, the augment kernel, a training step, and a long soak."""
+"""Tracks without contestants: the augment kernel, a training step, and a long soak."""
 
 from __future__ import annotations
 
-import resource
-import shutil
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,72 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 _COUNTED_FROM = 0.2  # share of a soak after which buffers have their final size
-
-
-def _timed(work: Callable[[], object]) -> tuple[float, float]:
-    """(wall-clock seconds, seconds of processor time of this process and its children)."""
-
-    def cpu_s() -> float:
-        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        return sum(one.ru_utime + one.ru_stime for one in used)
-
-    before_s, start_s = cpu_s(), time.perf_counter()
-    work()
-    return time.perf_counter() - start_s, cpu_s() - before_s
-
-
-def packing(setting: Setting, folder: Path, short_side: int) -> Table:
-    """`clipmill pack` with one worker against ffmpeg's command line with one thread, same filters and encoder settings.
-
-    ffmpeg neither measures nor verifies what it writes, and makes no index; pack does.
-    """
-    import av
-
-    from clipmill.datasets.folder import read
-    from clipmill.pipeline.pack.run import pack
-    from clipmill.pipeline.pack.settings import PackSettings
-    from clipmill.tools.bench.corpus import videos
-
-    program = shutil.which("ffmpeg")
-    sources, out = videos(folder), setting.folder / "packing"
-    settings = PackSettings(short_side=short_side)
-    wide, tall = (f"trunc({short_side}{by}dar/2+0.5)*2" for by in "*/")
-    shape = f"'if(gt(dar,1),{wide},{short_side})':'if(gt(dar,1),{short_side},{tall})'"
-    size = f"scale={shape}:flags=bicubic,setsar=1,format=yuv420p"
-    params = "keyint=8:min-keyint=8:scenecut=0:open-gop=0:bframes=0:ref=1:threads=1"
-    encoder = ["-c:v", "libx264", "-preset", "veryfast", "-tune", "fastdecode", "-crf", str(settings.quality)]
-    sound = ["-map", "0:a", "-c:a", "pcm_s16le", "-ac", "1", "-ar", str(settings.audio_hz)]
-
-    def ours() -> None:
-        shutil.rmtree(out, ignore_errors=True)
-        pack(read(folder), out, settings, root=folder, workers=1)
-
-    def theirs() -> None:
-        out.mkdir(exist_ok=True)
-        for number, path in enumerate(sources):
-            base = [str(program), "-v", "error", "-nostdin", "-y", "-threads", "1", "-filter_threads", "1"]
-            video = ["-i", str(path), "-map", "0:v", "-vf", size, *encoder, "-x264-params", params, "-threads", "1"]
-            target = str(out / f"{number}")
-            with av.open(path) as container:
-                heard = [*sound, f"{target}.wav"] if container.streams.audio else []
-            subprocess.run([*base, *video, f"{target}.mp4", *heard], check=True)
-
-    rows: dict[str, list[tuple[float, float]]] = {"clipmill": [], "ffmpeg": []}
-    for number in range(setting.rounds):
-        setting.say(f"packing: round {number + 1} of {setting.rounds}")
-        rows["clipmill"].append(_timed(ours))
-        if program:
-            rows["ffmpeg"].append(_timed(theirs))
-    shutil.rmtree(out, ignore_errors=True)
-    facts: dict[str, Any] = {"videos": len(sources)}
-    for name, times in rows.items():
-        if times:
-            facts |= {f"{name}_wall_s": _median(t for t, _ in times), f"{name}_cpu_s": _median(t for _, t in times)}
-    if program:
-        both = list(zip(rows["ffmpeg"], rows["clipmill"], strict=True))
-        facts["speed_over_ffmpeg"] = _median(a / b for (a, _), (b, _) in both)
-        facts["cpu_speed_over_ffmpeg"] = _median(a / b for (_, a), (_, b) in both)
-    return Table("pack", folder.name, "", [], facts)
 
 
 def augmenting(setting: Setting, data: Data, device: str) -> Table:
@@ -226,7 +156,3 @@ def soak(setting: Setting, data: Data, clips: int) -> Table:
         "damaged": len(loader.damaged),
     }
     return Table("soak", data.name, "16 frames, stride 1", [], facts)
-
-
-def _median(values: Any) -> float:
-    return float(np.median(list(values)))

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from av.bitstream import BitStreamFilterContext
 
+from clipmill.pipeline.codec import CodecConfig
 from clipmill.pipeline.decode import mp4
 from clipmill.pipeline.decode.annexb import AnnexB
-from clipmill.pipeline.record import CodecConfig
 from clipmill.pipeline.shard import ShardReader
 
 

@@ -10,10 +10,10 @@ import av
 import numpy as np
 import pytest
 
+from clipmill.pipeline.codec import CodecConfig
 from clipmill.pipeline.decode.decoder import DecodeError, UnsupportedCodecError, new_decoder
 from clipmill.pipeline.decode.rgb import Clip, RgbDecoder, clips, to_planes
 from clipmill.pipeline.decode.runs import Feed
-from clipmill.pipeline.record import CodecConfig
 from clipmill.pipeline.shard import ShardReader
 from clipmill.pipeline.spec import yuv_to_rgb_matrix
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from clipmill.pipeline.index_file import write_index
 from clipmill.pipeline.pack.audit import audit
-from clipmill.pipeline.record import IndexFormatError, ShardIndex, write_index
+from clipmill.pipeline.record import IndexFormatError, ShardIndex
 from clipmill.pipeline.shard import ShardError, ShardReader, ShardWriter, members
 
 OUTSIDE = ["../secret.tar", "/etc/passwd", "a/../../secret.tar", "..", ".", "", "a\0b", "sub/shard-00000.tar"]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from clipmill.models.encoder import Encoder, InputSpec
-from clipmill.pipeline.record import ShardIndex, write_index
+from clipmill.pipeline.index_file import write_index
+from clipmill.pipeline.record import ShardIndex
 from clipmill.tools.evaluate.features import Compute
 
 SPEC = InputSpec(num_frames=2, size=16, stride=2)
