@@ -107,6 +107,12 @@ def _fact(track: str, name: str, **wanted: object) -> Callable[[Sequence[Json]],
     return measure
 
 
+def _over_ffmpeg(tables: Sequence[Json]) -> float | None:
+    """Of the table of pack with the most videos: with one, the start of the program is half of it."""
+    found = [table["facts"] for table in tables if table["track"] == "pack"]
+    return max(found, key=lambda facts: facts["videos"]).get("cpu_speed_over_ffmpeg") if found else None
+
+
 def _frames_per_second(tables: Sequence[Json]) -> float | None:
     """Of the ceiling's ``auto`` setting; a clip has 16 frames."""
     table = next((table for table in tables if table["track"] == "ceiling"), None)
@@ -126,7 +132,7 @@ GOALS = (
     Goal("sparse frames, profile intra over cpu", 3, "x", _between("profile", "intra", "cpu", _SPARSE, True)),
     Goal("sparse frames, profile jpeg over cpu", 3, "x", _between("profile", "jpeg", "cpu", _SPARSE, True)),
     Goal("end to end on the CPU, best peer + torchvision v2", 2, "x", _over_peers("end to end", [_CLIP])),
-    Goal("pack over ffmpeg's command line", 1, "x", _fact("pack", "cpu_speed_over_ffmpeg")),
+    Goal("pack over ffmpeg's command line", 1, "x", _over_ffmpeg),
     Goal("loader with 32x32 frames", 100_000, " frames/s", _frames_per_second),
     Goal("1,000,000 records: open", 0.5, " s", _fact("index", "open_s", records=1_000_000), at_most=True),
     Goal("1,000,000 records: first batch", 1, " s", _fact("index", "first_batch_s", records=1_000_000), at_most=True),
