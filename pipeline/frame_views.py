@@ -9,7 +9,7 @@ import numpy as np
 
 from clipmill.pipeline.draws import Draws
 from clipmill.pipeline.record import ShardIndex, VideoRecord
-from clipmill.pipeline.views import Drawn, Span, View
+from clipmill.pipeline.views import Drawn, Span, View, time_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,7 @@ class Halves:
         spans, first = [], 0
         for view in self.views:
             part = frames[first : first + view.num_frames]
-            spans.append(Span(view=view.name, frames=part, start_s=float(part[0] / record.fps)))
+            spans.append(Span(view=view.name, frames=part, start_s=time_of(record, part[0])))
             first += view.num_frames
         return Drawn(tuple(spans))
 
@@ -76,7 +76,7 @@ class FramePairs:
         rooms = pair_rooms(record.num_frames, self.gap)
         pair = frame_pair(record.num_frames, self.gap, [low + rng.integer(count) for low, count in rooms])
         spans = tuple(
-            Span(view=view.name, frames=(frame,), start_s=float(frame / record.fps))
+            Span(view=view.name, frames=(frame,), start_s=time_of(record, frame))
             for view, frame in zip(self.views, pair, strict=True)
         )
         extras = {f"draw{number}": rng.uniform() for number in range(self.extras)}

@@ -119,13 +119,21 @@ def within(frames: np.ndarray, num_frames: int, short: Short) -> tuple[int, ...]
     return tuple(frames.tolist())
 
 
+def time_of(record: VideoRecord, frame: int) -> float:
+    """When a frame begins, in seconds; the nearest float, as of the fraction."""
+    return frame * record.fps.denominator / record.fps.numerator
+
+
 def clip_span(view: View, record: VideoRecord, start: int, short: Short = "loop") -> Span:
     """The span of ``view`` that begins at frame ``start``."""
     if view.fps is None:
-        frames = start + view.stride * np.arange(view.num_frames)
+        numbers = range(start, start + view.num_frames * view.stride, view.stride)
+        inside = start >= 0 and numbers[-1] < record.num_frames
+        frames = tuple(numbers) if inside else within(np.array(numbers), record.num_frames, short)
     else:  # frame at each instant start + k / fps, the one shown at that time
-        frames = start + (np.arange(view.num_frames) * view.step(record) + 1e-6).astype(np.int64)
-    return Span(view=view.name, frames=within(frames, record.num_frames, short), start_s=float(start / record.fps))
+        numbers = start + (np.arange(view.num_frames) * view.step(record) + 1e-6).astype(np.int64)
+        frames = within(numbers, record.num_frames, short)
+    return Span(view=view.name, frames=frames, start_s=time_of(record, start))
 
 
 def audio_span(view: View, record: VideoRecord, start_s: float) -> Span:
@@ -327,7 +335,7 @@ class Segments:
             for pick, offset in zip(picks, offsets, strict=True):
                 pick.append(min(low + offset, record.num_frames - 1))
         spans = [
-            Span(view=view.name, frames=tuple(frames), start_s=float(frames[0] / record.fps))
+            Span(view=view.name, frames=tuple(frames), start_s=time_of(record, frames[0]))
             for view, frames in zip(self.views, picks, strict=True)
         ]
         return Drawn(tuple(spans))
@@ -363,7 +371,7 @@ class LongShort:
             frames = whole.frames[first : first + view.num_frames]
             if self.starts:
                 frames = clip_span(view, record, start + first * long.stride).frames
-            spans.append(Span(view=view.name, frames=frames, start_s=float(frames[0] / record.fps)))
+            spans.append(Span(view=view.name, frames=frames, start_s=time_of(record, frames[0])))
         return Drawn(tuple(spans))
 
     def usable(self, index: ShardIndex) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 
 from clipmill.pipeline.draws import Draws
 from clipmill.pipeline.record import ShardIndex, VideoRecord
-from clipmill.pipeline.views import Drawn, Span, View
+from clipmill.pipeline.views import Drawn, Span, View, time_of
 
 
 @lru_cache(maxsize=8)
@@ -59,7 +59,7 @@ class Tuples:
         orders = [1 + rng.integer(len(shuffles(count)) - 1) if rng.coin() else 0 for _ in range(2)]
         frames = (query, key, [query[anchor]])
         spans = tuple(
-            Span(view=view.name, frames=tuple(chosen), start_s=float(chosen[0] / record.fps))
+            Span(view=view.name, frames=tuple(chosen), start_s=time_of(record, chosen[0]))
             for view, chosen in zip(self.views, frames, strict=True)
         )
         return Drawn(spans, {"anchor": anchor, "query_order": orders[0], "key_order": orders[1]})
@@ -117,7 +117,7 @@ class TsnSegments:
             count, have = view.num_frames, record.num_frames
             frames = tsn_test_frames(have, count) if self.middle else tsn_train_frames(have, count, rng)
             inside = tuple(frame % have for frame in frames)
-            spans.append(Span(view=view.name, frames=inside, start_s=float(inside[0] / record.fps)))
+            spans.append(Span(view=view.name, frames=inside, start_s=time_of(record, inside[0])))
         return Drawn(tuple(spans))
 
     def usable(self, index: ShardIndex) -> np.ndarray:

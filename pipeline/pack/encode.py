@@ -126,7 +126,10 @@ class Mp4Writer:
         self._count += 1
         try:
             packets = self._stream.encode(frame)
-        except ExternalError as error:  # all that x264 and x265 say when they cannot have their memory
+        except ExternalError as error:
+            if self._count > 1:
+                raise
+            # all that x264 and x265 say when they cannot have their memory
             raise MemoryError(f"the encoder of {frame.width}x{frame.height} pixels cannot start") from error
         if self._check is None:
             self._config = bytes(self._stream.codec_context.extradata or b"")

@@ -20,6 +20,7 @@ from av.video.stream import VideoStream
 from clipmill.pipeline.pack.probe import Media, raise_if_memory
 from clipmill.pipeline.pack.timeline import Clock, Rate, Time, frame_rate
 
+_KINDS = ("video", "audio")
 _JOINED = ("mpegts", "mpeg", "mpegvideo", "rm", "ogg")  # formats that are cut and joined at any byte
 _DURATION_KNOWN = ("matroska,webm", "flv", "asf")  # formats whose header says how long the file is
 _REORDER_S = 60  # no frame is stored that long before it is shown
@@ -37,7 +38,8 @@ class Walk:
     def __init__(self, container: InputContainer, streams: Sequence[Stream]) -> None:
         self._container = container
         self._chosen = {stream.index for stream in streams}
-        self._per_s = lcm(*(stream.time_base.denominator for stream in container.streams if stream.time_base))
+        ticks_s = [stream.time_base for stream in container.streams if stream.type in _KINDS and stream.time_base]
+        self._per_s = lcm(*(tick_s.denominator for tick_s in ticks_s))
         self._ticks: dict[int, Time] = {}  # of each stream, in units of the clock
         self._end: Time = 0
         self.cut = ""
@@ -100,7 +102,7 @@ class Walk:
 
     def _tick(self, packet: Packet) -> Time:
         """One tick of a packet's stream in units of the clock; 0 without a time base, -1 if it is not to be walked."""
-        if packet.stream.type not in ("video", "audio"):
+        if packet.stream.type not in _KINDS:
             return -1
         ticks = (packet.time_base or Fraction(0)) * self._per_s
         return ticks.numerator if ticks.denominator == 1 else ticks
