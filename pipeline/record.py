@@ -155,6 +155,11 @@ class _File:
         self._map = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
         self.buffer = pa.py_buffer(self._map)
 
+    def holds(self, part: pa.Buffer) -> bool:
+        """Whether a buffer is a part of the file. A damaged index may point anywhere."""
+        first = part.address - self.buffer.address
+        return part.size == 0 or 0 <= first <= first + part.size <= self.buffer.size
+
     def read(self, offset: int, count: int) -> np.ndarray:
         """(count,) uint32 from byte ``offset`` on."""
         data = os.pread(self._descriptor, 4 * count, offset)
@@ -175,8 +180,6 @@ class _Stored:
         self._file = file
         data = values.buffers()[1]
         self._start = (data.address - file.buffer.address if data else 0) + 4 * values.offset
-        if self._start < 0 or self._start + 4 * len(values) > file.buffer.size:
-            raise ValueError("its columns are compressed")
 
     def __getitem__(self, part: slice) -> np.ndarray:
         count = part.stop - part.start
@@ -194,6 +197,9 @@ class _Batch:
         large = file.buffer.size > _MOSTLY_MAPPED
         for name, kind in FIELDS:
             column = batch.column(name)
+            if not all(buffer is None or file.holds(buffer) for buffer in column.buffers()):
+                raise ValueError(f"column {name} is compressed or lies outside of the file")
+            column.validate()
             if name in LISTS:
                 offsets = np.frombuffer(column.buffers()[1], np.int64, self.num_rows + 1, column.offset * 8)
                 values = column.values

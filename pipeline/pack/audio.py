@@ -30,6 +30,7 @@ _JUMP_S = 0.015  # timestamps may tremble by less
 _DRIFT_S = 0.005  # a run whose ends differ by more from their timestamps has another rate than it says
 _LONGEST_GAP_S = 600.0  # a longer one in a file without pictures is a damaged timestamp
 _FIT_S = 300.0  # a drifting run is fitted in pieces of this length
+_MAX_DRIFT = 8.0  # a true rate is not so many times the one that is said
 _CHUNK = 1 << 16
 HEADER_BYTES = 44
 _LARGEST = 0xFFFFFFFF - HEADER_BYTES
@@ -203,6 +204,8 @@ def _fit(group: list[tuple[float, Heard]]) -> list[Run]:
     pieces = max(round(nominal_s[-1] / _FIT_S), 1)
     for part in np.array_split(np.arange(len(group)), pieces):
         slope = _slope(nominal_s[part], late_s[part])
+        if not 1 / _MAX_DRIFT <= 1 + slope <= _MAX_DRIFT:  # such timestamps are broken
+            slope = 0.0
         start_s = float(np.mean(late_s[part] - slope * nominal_s[part]) + (1 + slope) * nominal_s[part[0]])
         runs.append(Run(start_s, hz / (1 + slope), group[part[0]][1].first, int(counts[part].sum())))
     return runs

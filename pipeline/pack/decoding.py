@@ -28,6 +28,7 @@ _LOG_ERRORS = {
 }
 # these do not even log it: where a packet is missing, FFV1 may stop within a later frame and leave the rest as it is
 _SILENT = ("ffv1",)
+_PAINT = b"\x5a"
 _KEPT = 4  # frames that the second decoder cannot use as memory for others
 
 
@@ -72,7 +73,7 @@ def _log(level: int) -> Iterator[list[Any]]:
 class _Twin:
     """A second decoder that writes to other memory: frames that depend on what was there before come out different.
 
-    A decoder reuses the memory of frames that nobody holds; this one's are held for longer.
+    A decoder reuses the memory of frames that nobody holds; this one's are held for longer, and then painted over.
     """
 
     def __init__(self, context: VideoCodecContext) -> None:
@@ -81,7 +82,7 @@ class _Twin:
         self._context.extradata = context.extradata
         self._context.width, self._context.height = context.width, context.height
         self._context.options = context.options
-        self._held: deque[VideoFrame] = deque(maxlen=_KEPT)
+        self._held: deque[VideoFrame] = deque()
 
     def decode(self, packet: Packet | None) -> list[VideoFrame]:
         """Its frames; none where it fails."""
@@ -90,6 +91,9 @@ class _Twin:
         except av.FFmpegError as error:
             raise_if_memory(error)
             return []
+        while len(self._held) > _KEPT:
+            for plane in self._held.popleft().planes:
+                plane.update(_PAINT * plane.buffer_size)
         self._held.extend(frames)
         return frames
 

@@ -67,6 +67,25 @@ def test_lists_of_a_large_index_are_read_and_not_mapped(dataset, tmp_path, monke
         index._batches[0].lists["packet_sizes"][1][0:3]
 
 
+def test_columns_that_point_out_of_the_file_are_refused(dataset, tmp_path):
+    good = bytearray((dataset.root / "index.arrow").read_bytes())
+    with pa.ipc.open_file(dataset.root / "index.arrow") as reader:
+        body = reader.get_batch(0).column("packet_sizes").buffers()[1].size.to_bytes(8, "little")
+    refused, place = 0, good.find(body)
+    while place >= 8:  # where a buffer of this size is described, its offset is in the 8 bytes before (Message.fbs)
+        bad = bytearray(good)
+        bad[place - 2] = 0x40
+        (tmp_path / "index.arrow").write_bytes(bad)
+        try:
+            index = ShardIndex.open(tmp_path)
+        except IndexFormatError:
+            refused += 1
+        else:
+            assert [record.num_frames for record in index] == [record.num_frames for record in dataset]
+        place = good.find(body, place + 1)
+    assert refused
+
+
 def test_a_large_index_must_not_be_compressed(dataset, tmp_path, monkeypatch):
     with pa.ipc.open_file(dataset.root / "index.arrow") as reader:
         options = pa.ipc.IpcWriteOptions(compression="zstd")

@@ -246,6 +246,12 @@ def test_stretches_without_a_time_come_before_the_first_with_one():
     assert runs[0].count == 35
 
 
+@pytest.mark.parametrize("step_s", [0.0, -0.001, 0.001])
+def test_timestamps_that_hardly_move_are_no_sampling_rate(step_s):
+    (run,) = find_runs([Heard(n * step_s, 1000, 10 * n, 10) for n in range(10)])
+    assert (run.hz, run.first, run.count) == (1000.0, 0, 100)
+
+
 def test_rounded_timestamps_are_fitted_and_a_change_of_rate_starts_a_new_run():
     heard = [Heard(round(n * 1024 / 44.1 + 3.2) / 1000, 44100, n * 1024, 1024) for n in range(100)]
     end = heard[-1]
