@@ -209,13 +209,16 @@ class Scanner:
         whole = len(times)
         if len(times) and kind is Times.STAMPS:
             decode_times = self._ticks[Times.ORDER] or ticks[:1]
-            said = [rate for rate in (stream.average_rate, stream.base_rate, stream.guessed_rate) if rate]
-            usual = self._last_ticks or round(1 / (tick * max(said, default=Fraction(25))))
+            rates = [rate for rate in (stream.average_rate, stream.base_rate, stream.guessed_rate) if rate]
+            usual = self._last_ticks or round(1 / (tick * max(rates, default=Fraction(25))))
             late_s = (container.duration or 0) / av.time_base - float(walk.end_s)
             knows = container.format.name in _DURATION_KNOWN and late_s > 0.5 * usual * tick
             if ends_early or knows or container.format.name in _JOINED:
                 whole = _settled(times, decode_times[-1], usual, bool(ends_early) or knows)
-        rate = frame_rate(times[:whole], tick, [stream.average_rate, stream.base_rate, stream.guessed_rate])
+        said = [stream.average_rate, stream.base_rate, stream.guessed_rate]
+        if len(times) == 1 and self._last_ticks > 0:  # of a single frame the others are guesses
+            said.insert(1, 1 / (self._last_ticks * tick))
+        rate = frame_rate(times[:whole], tick, said)
         keyframes = [(number, NO_TIME if (time := t[kind]) is None else time) for number, t in self._keyframes]
         scan = Scan(rate, kind, self.packets, keyframes, truncated=ends_early)
         scan.early_last = bool(ends_early) or (self._avi and self.packets < stream.frames)

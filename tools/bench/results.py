@@ -89,6 +89,9 @@ def facts_of(table: Mapping[str, Any]) -> list[list[str]]:
     for one in table["results"]:
         if one["label"] == "clipmill" and "decoded_per_used" in one["facts"]:
             facts["frames decoded per frame used"] = one["facts"]["decoded_per_used"]
+        for name in ("packed_mb_per_10s", "psnr_db"):  # of encodings that are compared
+            if name in one["facts"]:
+                facts[f"{one['label']}: {name}"] = one["facts"][name]
     return [[name.replace("_", " "), _short(value)] for name, value in facts.items()]
 
 

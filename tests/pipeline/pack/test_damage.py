@@ -61,6 +61,16 @@ def test_a_cut_off_file_gives_its_whole_beginning(kit, name, facts, share):
     assert 10 < count < 95
 
 
+def test_one_picture_of_a_transport_stream_is_one_frame(kit):
+    path = kit.film("a.ts", options=B_FRAMES)
+    with av.open(path) as container:
+        second = [packet.pos for packet in container.demux(video=0) if packet.size][1]
+    path.write_bytes(path.read_bytes()[:second])
+    result = kit.pack(path)
+    assert (result.picture.num_frames, result.picture.fps) == (1, 25)
+    assert kit.shown(result.picture) == ALL[:1]
+
+
 @pytest.mark.parametrize(
     ("name", "facts"),
     [
