@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import islice
 from typing import cast
 
 import av
@@ -25,7 +26,7 @@ from clipmill.pipeline.codec import CodecConfig
 from clipmill.pipeline.pack.convert import Canvas, h273
 from clipmill.pipeline.pack.outcome import Picture, Rejected
 from clipmill.pipeline.pack.settings import PackSettings
-from clipmill.pipeline.pack.verify import LOSSLESS_DB, Check, planes, read_table
+from clipmill.pipeline.pack.verify import LOSSLESS_DB, Check, planes, read_table, together
 
 _TIMELESS = Fraction(1, 25)  # the encoder counts frames; equal parameter sets at all rates let decoders be shared
 _GPU_SIDE = 64  # x265 corrupts memory with smaller pictures (seen at 64x48)
@@ -266,6 +267,12 @@ class RawWriter:
         return self._canvas.width * self._canvas.height * 3 // 2
 
 
+def _groups(frames: Iterator[VideoFrame]) -> Iterator[list[VideoFrame]]:
+    """As many frames as `together` says at a time."""
+    for frame in frames:
+        yield [frame, *islice(frames, together(frame) - 1)]
+
+
 def encode(
     frames: Iterator[VideoFrame],
     path: str,
@@ -276,7 +283,7 @@ def encode(
     """Encode all frames to ``path``. canvas: their size and matrix, asked for after the first frame came."""
     writer: Mp4Writer | RawWriter | None = None
     try:
-        for frame in frames:
+        for group in _groups(frames):
             if writer is None:
                 width, height = canvas()[0].width, canvas()[0].height
                 if settings.profile == "gpu" and min(width, height) < _GPU_SIDE:
@@ -285,7 +292,8 @@ def encode(
                     writer = RawWriter(path, canvas()[0], fps, canvas()[1])
                 else:
                     writer = Mp4Writer(path, settings, canvas()[0], fps, canvas()[1])
-            writer.write(frame)
+            for frame in group:
+                writer.write(frame)
     except BaseException:
         if writer is not None:
             writer.abandon()
