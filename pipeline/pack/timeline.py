@@ -16,7 +16,7 @@ import numpy as np
 T = TypeVar("T")
 Time = int | Fraction
 
-_BACK_S = 0.5  # decode times never step back; by more than this they have started again
+_BACK_PER_S = 2  # decode times never step back; by more than this part of a second they have started again
 _AHEAD_S = 10  # in formats that are cut and joined freely, a longer hole is a joint and not a pause
 _DOUBT_S = 2  # the packet after a longer hole needs another one that agrees with it
 _NEVER_S = 600  # no pause before a last frame is longer
@@ -38,7 +38,7 @@ class Clock:
 
     def __init__(self, joined: bool, per_s: int = 1) -> None:
         self._joined = joined
-        self._back, self._doubtful = -_BACK_S * per_s, _DOUBT_S * per_s
+        self._per_s, self._doubtful = per_s, _DOUBT_S * per_s
         self._ahead, self._never = _AHEAD_S * per_s, _NEVER_S * per_s
         self._moves: list[Time] = [0]
         self._section: dict[int, int] = {}
@@ -60,7 +60,7 @@ class Clock:
         expected = self._next.get(stream, time + self._moves[section])
         jump = time + self._moves[section] - expected
         doubted = self._doubt.pop(stream, None)
-        if not self._back <= jump <= self._doubtful:
+        if jump > self._doubtful or jump * _BACK_PER_S < -self._per_s:
             if doubted is None or (doubted < 0) != (jump < 0):
                 self._doubt[stream] = jump
                 self._next[stream] = expected + duration
