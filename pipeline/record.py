@@ -63,8 +63,6 @@ LISTS = tuple(name for name, kind in FIELDS if kind == _LIST_U32)
 _TEXTS = tuple(name for name, kind in FIELDS if not pa.types.is_integer(kind) and kind != _LIST_U32)
 _PLAIN = tuple(name for name, kind in FIELDS if pa.types.is_integer(kind) and name not in
                ("shard", "codec", "fps_num", "fps_den", "silent", "salvaged"))  # fmt: skip
-
-
 _MOSTLY_MAPPED = 64 << 20  # bytes of the largest index whose lists are mapped like the rest
 _NOTHING = np.empty(0, np.uint32)
 
@@ -144,6 +142,17 @@ def _fraction(numerator: int, denominator: int) -> Fraction:
     return Fraction(numerator, max(denominator, 1))
 
 
+def read_at(descriptor: int, offset: int, size: int) -> bytes:
+    """Up to ``size`` bytes from ``offset`` on, fewer only where the file ends."""
+    data = os.pread(descriptor, size, offset)
+    while 0 < len(data) < size:  # the kernel may return less than asked
+        more = os.pread(descriptor, size - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
 class _File:
     """An index file: mapped, and readable without that. Pages that are touched in a map count as memory of the process,
     and the system maps up to megabytes at a time; what is read from the file is freed with the record."""
@@ -162,7 +171,7 @@ class _File:
 
     def read(self, offset: int, count: int) -> np.ndarray:
         """(count,) uint32 from byte ``offset`` on."""
-        data = os.pread(self._descriptor, 4 * count, offset)
+        data = read_at(self._descriptor, offset, 4 * count)
         if len(data) < 4 * count:
             raise IndexFormatError(f"{self.path}: was cut off while in use; run `clipmill verify {self.path.parent}`")
         return np.frombuffer(data, np.uint32)
@@ -199,7 +208,7 @@ class _Batch:
             column = batch.column(name)
             if not all(buffer is None or file.holds(buffer) for buffer in column.buffers()):
                 raise ValueError(f"column {name} is compressed or lies outside of the file")
-            column.validate()
+            column.validate(full=name in _TEXTS)  # or a damaged offset of a text would be followed out of the file
             if name in LISTS:
                 offsets = np.frombuffer(column.buffers()[1], np.int64, self.num_rows + 1, column.offset * 8)
                 values = column.values
@@ -209,7 +218,6 @@ class _Batch:
             elif pa.types.is_integer(kind):
                 self.fixed[name] = column.to_numpy(zero_copy_only=True)
             else:
-                column.validate(full=True)  # or a damaged offset would be followed out of the file
                 self.texts[name] = column
 
 

@@ -24,7 +24,7 @@ from typing import IO, final
 import numpy as np
 
 from clipmill.pipeline.codec import AUDIO_BLOCK
-from clipmill.pipeline.record import VideoRecord
+from clipmill.pipeline.record import VideoRecord, read_at
 
 _TAR_BLOCK = 512
 _MEMBER_NAME = re.compile(r"[A-Za-z0-9_\-]+\.[A-Za-z0-9.]+")
@@ -168,12 +168,7 @@ class ShardReader(Reader):
         """Exactly ``size`` bytes at ``offset``; ShardError if the file is missing or ends before."""
         if (size > _LARGE_BYTES or offset > _FAR) and offset + size > os.fstat(self.descriptor(shard)).st_size:
             raise _truncated(shard, offset + size)  # before so much memory is asked for on the word of a damaged index
-        data = os.pread(self.descriptor(shard), size, offset)
-        while 0 < len(data) < size:  # the kernel may return less than asked
-            more = os.pread(self.descriptor(shard), size - len(data), offset + len(data))
-            if not more:
-                break
-            data += more
+        data = read_at(self.descriptor(shard), offset, size)
         if len(data) != size:
             raise _truncated(shard, offset + size)
         return data

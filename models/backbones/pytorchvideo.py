@@ -14,8 +14,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from clipmill.models.backbones.parts import STAGES, BlockNet, reductions_of, scaled, video_spec
-from clipmill.models.encoder import Encoder, InputSpec
+from clipmill.models.backbones.parts import BlockNet, reductions_of, scaled, video_spec
+from clipmill.models.encoder import Encoder
 
 SPATIAL = (1, 2, 2, 2)
 FAST_PER_SLOW = 4  # frames
@@ -34,20 +34,11 @@ def _models(name: str) -> ModuleType:
         ) from error
 
 
-class SlowFast(Encoder):
+class SlowFast(BlockNet):
     """Two pathways, made from one clip: all frames (fast), and every fourth (slow).
 
     `maps` are those of the slow pathway, with what the fast one has added. Features: slow, then fast.
     """
-
-    stages = STAGES
-
-    def __init__(
-        self, blocks: nn.ModuleList, dim: int, spec: InputSpec, reductions: dict[str, tuple[int, ...]]
-    ) -> None:
-        super().__init__()
-        self.blocks = blocks
-        self.dim, self.spec, self.reductions = dim, spec, reductions
 
     def pathways(self, x: Tensor, stage: str) -> list[Tensor]:
         """Maps of the slow and the fast pathway after ``stage``."""

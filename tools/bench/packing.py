@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import subprocess
 import time
@@ -13,6 +12,7 @@ from typing import Any
 
 from clipmill.pipeline.pack.settings import PackSettings
 from clipmill.tools.bench.corpus import videos
+from clipmill.tools.bench.peer import cpu_s
 from clipmill.tools.bench.tracks import Setting, Table
 
 Times = tuple[float, float]  # seconds by the clock, seconds of processor time
@@ -91,11 +91,6 @@ def _commands(source: Path, target: Path, settings: PackSettings) -> tuple[list[
 
 def _timed(work: Callable[[], object]) -> Times:
     """Of this process and its children."""
-
-    def cpu_s() -> float:
-        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        return sum(one.ru_utime + one.ru_stime for one in used)
-
     before_s, start_s = cpu_s(), time.perf_counter()
     work()
     return time.perf_counter() - start_s, cpu_s() - before_s

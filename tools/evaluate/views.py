@@ -26,6 +26,7 @@ from clipmill.pipeline.views import (
     View,
     audio_span,
     clip_span,
+    time_of,
     within,
 )
 from clipmill.tools.evaluate.crops import PlacedCrop
@@ -89,7 +90,7 @@ class Spread:
             if self.twice and len(frames) == self.clips:
                 frames = np.concatenate([frames, frames])
             numbers = within(frames.reshape(-1), record.num_frames, "repeat")
-            spans.append(Span(view=view.name, frames=numbers, start_s=float(numbers[0] / record.fps)))
+            spans.append(Span(view=view.name, frames=numbers, start_s=time_of(record, numbers[0])))
         return Drawn(tuple(spans))
 
     def usable(self, index: ShardIndex) -> np.ndarray:
